@@ -1,0 +1,62 @@
+# Everything runs in .venv, which is made when it is missing or when what it depends on changed.
+#   TORCH_VARIANT=cpu|cuda|npu   the torch build (default: what this machine has)
+#   PYTHON=python3.12            the Python to make .venv with
+#   DEMO_ARGS, TEST_ARGS         passed on to npu-qat train and to pytest
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+TEST_ARGS ?=
+TEST_JOBS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+# Test processes share the cores, so one thread each. pyproject.toml says which tests run by default.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-distributed test-slow lint format types wheel constraints clean clean-venv FORCE
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+$(VENV)/.stamp: FORCE # the script compares contents, so it is asked every time
+	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)
+
+setup: $(VENV)/.stamp ## make .venv
+
+demo: $(VENV)/.stamp ## train the embedded demo in 4 bits, compare it with its baselines, report
+	$(VENV)/bin/npu-qat train --device auto $(DEMO_ARGS)
+
+test: $(VENV)/.stamp ## the tests that run on any machine
+	@$(ONE_THREAD) $(RUN) pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+test-distributed: $(VENV)/.stamp ## the tests that start several processes, one after another
+	@$(ONE_THREAD) $(RUN) pytest -m "distributed and not slow and not gpu" $(TEST_ARGS)
+
+test-slow: $(VENV)/.stamp ## the tests that take long
+	@$(ONE_THREAD) $(RUN) pytest -m "slow and not contract and not container and not gpu" $(TEST_ARGS)
+
+lint: $(VENV)/.stamp ## ruff: rules and format
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+format: $(VENV)/.stamp ## let ruff rewrite the files
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+types: $(VENV)/.stamp ## mypy
+	@$(RUN) mypy
+
+wheel: $(VENV)/.stamp ## source archive and wheel into dist/
+	@$(RUN) build --no-isolation --outdir dist .
+
+# uv keeps a version that is in the output file already; delete a line to get the newest.
+constraints: $(VENV)/.stamp ## resolve constraints*.txt anew
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/update_constraints.sh
+
+clean: ## what tools leave behind
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-venv: ## .venv
+	rm -rf $(VENV)
