@@ -1,0 +1,110 @@
+"""LoRA on a frozen 4-bit base: PEFT's adapters, in the dtypes that keep small updates alive.
+
+``y = base(x) + (alpha / r) B A x`` with ``x`` in 16 bits, as serving engines compute it. The
+adapter's weights are fp32: they are the master weights, at every ZeRO stage, because AdamW on bf16
+weights at lr 1e-5 rounds most updates away. Each forward pass computes with their 16-bit image, so
+training, rollout, evaluation and export all use the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+from torch.nn import functional as F
+
+from npu_qat.config import LoraSection
+from npu_qat.config.paths import layer_index
+from npu_qat.layers.quant_linear import QuantLinear
+
+ADAPTER = "default"
+
+
+class MasterLinear(nn.Linear):
+    """fp32 weights that compute in the dtype of their input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class QatLoraLinear(PeftLoraLinear):
+    """PEFT's LoRA layer with 16-bit compute over fp32 weights and a choice of what LoRA sees."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        for part in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            part.__class__ = MasterLinear
+            part.float()
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a merged weight would be another 4-bit weight than the one trained on."""
+        raise ValueError("these adapters are not merged; save them and serve them beside the base")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.get_base_layer()
+        y = base(x)
+        if self.disable_adapters:
+            return y
+        if isinstance(base, QuantLinear) and base.state.recipe.lora_input == "quantised":
+            if base.state.active:
+                x = base.quantized_input(x)
+        for name in self.active_adapters:
+            a, b = self.lora_A[name], self.lora_B[name]
+            y = y + b(a(self.lora_dropout[name](x))) * self.scaling[name]
+        return y
+
+
+def add_lora(model: nn.Module, section: LoraSection, seed: int) -> PeftModel:
+    """Wrap the linears of the decoder layers of ``model`` with fresh adapters (B = 0).
+
+    Args:
+        model: a prepared model, or a 16-bit one for a baseline.
+        section: rank, scale, dropout, targets.
+        seed: of the initialisation of A; the same on every rank.
+
+    Raises:
+        ValueError: a target names no linear of the decoder layers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, _peft_config(model, section))
+    return peft_model
+
+
+def load_lora(model: nn.Module, folder: str, *, trainable: bool = False) -> PeftModel:
+    """Put the adapter saved in ``folder`` (PEFT format) on ``model``."""
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = not trainable
+    config._register_custom_module({nn.Linear: QatLoraLinear})
+    return PeftModel.from_pretrained(
+        model, folder, config=config, is_trainable=trainable, adapter_name=ADAPTER
+    )
+
+
+def _peft_config(model: nn.Module, section: LoraSection) -> LoraConfig:
+    names = {
+        path.rpartition(".")[2]
+        for path, m in model.named_modules()
+        if isinstance(m, nn.Linear) and layer_index(path) is not None
+    }
+    targets = sorted(names) if section.targets == "all-linear" else list(section.targets)
+    unknown = sorted(set(targets) - names)
+    if unknown or not targets:
+        raise ValueError(
+            f"lora.targets: {unknown or targets} is no linear of the decoder layers; "
+            f"choose from {sorted(names)}"
+        )
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        # PEFT's class for language models asks for what a plain module lacks.
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+    )
+    # PEFT's documented hook for layer types of one's own; it covers subclasses of nn.Linear.
+    config._register_custom_module({nn.Linear: QatLoraLinear})
+    return config

@@ -1,0 +1,370 @@
+"""A linear layer whose forward pass computes the 4-bit result.
+
+``y = Q_a(x) @ Q_w(W)^T + b`` with a frozen base: ``Q_w(W)`` is computed once, when the layer is
+made, and the 16-bit weight is dropped. Two storages hold the same values:
+
+* ``image``: a 16-bit tensor. E2M1 times a power of two is exact in bf16 (and E2M1 times an E4M3
+  scale is, too), so the image loses nothing, and a forward pass costs one matmul.
+* ``packed``: the 4-bit codes and scale bytes, 4.25 bits a weight for MXFP4, decoded when needed.
+
+What others do instead is overwrite ``weight.data`` in a forward hook and restore it afterwards.
+That leaves the weight quantised after every forward pass without a backward pass, and under
+gradient checkpointing; nothing is ever overwritten here.
+
+Shapes: B = any leading dimensions, K = in_features, N = out_features.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from npu_qat.backends import Backend
+from npu_qat.config import Recipe
+from npu_qat.layers.straight_through import PackedLinear, quantize_activation
+from npu_qat.numerics import QuantizedTensor, get_profile, nvfp4_tensor_scale
+
+PHASES = ("training", "rollout", "evaluation")
+
+
+class Observer(Protocol):
+    """Sees what a layer quantised: (x, operand of the matmul), (its result, y). The audit is one."""
+
+    def __call__(
+        self,
+        layer: QuantLinear,
+        x: torch.Tensor,
+        operand: torch.Tensor,
+        result: torch.Tensor,
+        y: torch.Tensor,
+    ) -> None: ...
+
+
+@dataclass
+class QuantState:
+    """What all quantised layers of one model share."""
+
+    recipe: Recipe
+    backend: Backend
+    phase: str = "evaluation"
+    observer: Observer | None = None
+    calibrating: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether layers quantise now."""
+        return not self.calibrating and self.recipe.active_in(self.phase)
+
+
+class SharedInput:
+    """Quantises a tensor once for all linears that read it (q, k, v; gate, up).
+
+    The siblings of a group are called one after another with the same tensor object. The result
+    is kept from the first call to the last reader's and no longer, so that it costs no memory
+    between layers. A tensor that was changed in place has a new version and is quantised again;
+    one made in inference mode has no version, so nothing is kept for it.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._key: tuple[weakref.ref[torch.Tensor], int, bool] | None = (
+            None  # tensor, version, graph
+        )
+        self._result: torch.Tensor | None = None
+        self._left = 0
+
+    def get(
+        self, x: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        if x.is_inference():
+            return quantize(x)
+        if self._holds(x):
+            assert self._result is not None
+            result = self._result
+        else:
+            result = quantize(x)
+            self._key = (weakref.ref(x), x._version, _builds_graph(x))
+            self._result, self._left = result, self.readers
+        self._left -= 1
+        if self._left <= 0:
+            self._key = self._result = None
+        return result
+
+    def _holds(self, x: torch.Tensor) -> bool:
+        if self._key is None:
+            return False
+        source, version, graph = self._key
+        return source() is x and version == x._version and graph == _builds_graph(x)
+
+
+def _builds_graph(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+@dataclass
+class CallCounts:
+    """How often a layer ran in each phase, and how often it quantised."""
+
+    total: Counter[str] = field(default_factory=Counter)
+    quantized: Counter[str] = field(default_factory=Counter)
+
+
+class QuantLinear(nn.Linear):
+    """A frozen linear layer in a quantised model; made by ``prepare_model``.
+
+    A subclass of ``nn.Linear`` so that PEFT and everything else that looks for linears finds it.
+    It has no ``weight`` parameter: ``weight`` is a property that returns the 16-bit values the
+    matmul uses.
+
+    Args:
+        linear: the 16-bit layer; not changed, not kept.
+        path: its module path, for messages and the audit.
+        state: shared by all layers of the model.
+        shared: quantises the input once for a group of siblings.
+        weight_amax: largest magnitude over the group's weights, for profiles with a tensor scale
+            (siblings share one, as serving engines fuse them). Default: of this weight.
+
+    Raises:
+        ValueError: the image of the weight is not exact in the weight's dtype, or a tensor scale
+            meets fp16.
+    """
+
+    # Present only where the activation profile has a tensor scale; NaN until calibrated.
+    input_tensor_scale: torch.Tensor
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        path: str,
+        state: QuantState,
+        shared: SharedInput | None = None,
+        weight_amax: torch.Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.path, self.state = path, state
+        self.shared = shared or SharedInput(1)
+        self.calls = CallCounts()
+        self.dtype = linear.weight.dtype
+        if self.dtype == torch.float16 and self._has_tensor_scale:
+            # Operands of up to 6 * 448 each: a sum of few products leaves fp16.
+            raise ValueError(f"{path}: NVFP4 needs model.dtype bf16 or fp32; fp16 overflows")
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
+        self._store_weight(linear.weight.detach(), weight_amax)
+        if (
+            state.recipe.quantizes_input
+            and get_profile(state.recipe.activation_profile).tensor_scale
+        ):
+            # Static: a dynamic one would make a token's value depend on its neighbours.
+            unset = torch.full((), float("nan"), device=linear.weight.device)
+            self.register_buffer("input_tensor_scale", unset)
+        self.input_amax = 0.0
+
+    # --- the weight -------------------------------------------------------------------------
+
+    def _store_weight(self, weight: torch.Tensor, amax: torch.Tensor | None) -> None:
+        recipe = self.state.recipe
+        if not recipe.quantizes_weight:
+            self.weight_image = nn.Parameter(weight.clone(), False)
+            return
+        q = self.quantize_weight(weight, amax)
+        if q.tensor_scale is not None:
+            self.register_buffer("weight_tensor_scale", q.tensor_scale.float().clone())
+        image = self._image(q)
+        if recipe.base_storage == "packed":
+            self.weight_packed = nn.Parameter(q.packed, False)
+            self.weight_scale = nn.Parameter(q.scales, False)
+            if q.level0_scales is not None:
+                self.register_buffer("weight_level0", q.level0_scales)
+        else:
+            self.weight_image = nn.Parameter(image, False)
+        if recipe.apply_during != "both":
+            self.weight_full = nn.Parameter(weight.clone(), False)
+
+    def quantize_weight(
+        self, weight: torch.Tensor, amax: torch.Tensor | None = None
+    ) -> QuantizedTensor:
+        """Codes and scales of a 16-bit ``weight`` [N, K] by this layer's recipe."""
+        recipe = self.state.recipe
+        tensor_scale = None
+        if get_profile(recipe.weight_profile).tensor_scale:
+            tensor_scale = nvfp4_tensor_scale(weight.abs().amax() if amax is None else amax)
+        return self.state.backend.quantize(
+            weight, recipe.weight_profile, self.weight_axis, tensor_scale=tensor_scale
+        )
+
+    @property
+    def _has_tensor_scale(self) -> bool:
+        recipe = self.state.recipe
+        used = {recipe.weight_profile} if recipe.quantizes_weight else set()
+        used |= {recipe.activation_profile} if recipe.quantizes_input else set()
+        return any(get_profile(name).tensor_scale for name in used)
+
+    @property
+    def weight_axis(self) -> int:
+        """The blocked axis of the weight [N, K]: -1 along K, 0 along N."""
+        return -1 if self.state.recipe.block_axis == "row" else 0
+
+    def packed_weight(self) -> QuantizedTensor:
+        """The stored codes and scales (``packed`` storage)."""
+        return QuantizedTensor.from_packed(
+            self.weight_packed.data,
+            self.weight_scale.data,
+            shape=(self.out_features, self.in_features),
+            profile=self.state.recipe.weight_profile,
+            axis=self.weight_axis,
+            tensor_scale=getattr(self, "weight_tensor_scale", None),
+            level0_scales=getattr(self, "weight_level0", None),
+        )
+
+    def _image(self, q: QuantizedTensor) -> torch.Tensor:
+        """Element x block scale in the layer's dtype; the tensor scale goes to the result."""
+        q = replace(q, tensor_scale=None)
+        image = self.state.backend.dequantize(q, self.dtype)
+        exact = self.state.backend.dequantize(q, torch.float32)
+        if not torch.equal(image.float().nan_to_num(), exact.nan_to_num()):
+            raise ValueError(
+                f"{self.path}: the values of profile {self.state.recipe.weight_profile!r} are not "
+                f"exact in {self.dtype}; use model.dtype: bf16 or fp32"
+            )
+        return image
+
+    def _unpack(self) -> torch.Tensor:
+        q = replace(self.packed_weight(), tensor_scale=None)
+        return self.state.backend.dequantize(q, self.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """[N, K] in the layer's dtype: the values of the matmul in the current phase."""
+        if hasattr(self, "weight_full") and not self.state.active:
+            return self.weight_full
+        image, scale = self.weight_operand(), getattr(self, "weight_tensor_scale", None)
+        return image if scale is None else (image.float() * scale).to(self.dtype)
+
+    def weight_operand(self) -> torch.Tensor:
+        """[N, K]: the stored weight as it enters the matmul, without a tensor scale."""
+        return self.weight_image if hasattr(self, "weight_image") else self._unpack()
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of all stored tensors of this layer."""
+        tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
+        # The buffers are fp32 scales: a cast of the whole model moves but never rounds them.
+        exact = {name: scale for name, scale in self._buffers.items() if scale is not None}
+        super()._apply(fn, recurse)
+        for name, scale in exact.items():
+            self._buffers[name] = scale.to(self.get_buffer(name).device)
+        return self
+
+    # --- the forward pass -------------------------------------------------------------------
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """``Q_a(x)`` [B, K] as the matmul sees it, quantised once for all siblings.
+
+        For NVFP4 this is element x block scale, without the static tensor scale.
+        """
+        return self.shared.get(x, self._quantize_input)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """``Q_a(x)`` [B, K] with all its scales: what else than the matmul may read."""
+        operand, scale = self.quantize_input(x), self._input_scale()
+        return operand if scale is None else (operand.float() * scale).to(operand.dtype)
+
+    def _quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        recipe, backend = self.state.recipe, self.state.backend
+        scale = self._input_scale()
+        if scale is None:
+            return quantize_activation(
+                x,
+                lambda t: backend.fake_quant(t, recipe.activation_profile),
+                use_ste=recipe.use_ste,
+            )
+
+        def quantizer(t: torch.Tensor) -> torch.Tensor:
+            q = backend.quantize(t, recipe.activation_profile, tensor_scale=scale)
+            return backend.dequantize(replace(q, tensor_scale=None), t.dtype)
+
+        return quantize_activation(x, quantizer, use_ste=recipe.use_ste, slope=1 / scale)
+
+    def _input_scale(self) -> torch.Tensor | None:
+        scale = getattr(self, "input_tensor_scale", None)
+        if scale is not None and torch.isnan(scale):
+            raise ValueError(
+                f"{self.path}: profile {self.state.recipe.activation_profile!r} has a static "
+                "tensor scale for activations that was not calibrated; run "
+                "QuantizedModel.calibrate on some prompts first"
+            )
+        return scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, recipe = self.state, self.state.recipe
+        if state.calibrating:
+            self.input_amax = max(self.input_amax, self._finite_amax(x))
+            return self._full_precision(x)
+        self.calls.total[state.phase] += 1
+        if not state.active:
+            return self._full_precision(x)
+        self.calls.quantized[state.phase] += 1
+        operand = self.quantize_input(x) if recipe.quantizes_input else x
+        y = result = self._matmul(operand)
+        if recipe.quantizes_output:
+            y = quantize_activation(
+                result,
+                lambda t: state.backend.fake_quant(t, recipe.activation_profile),
+                use_ste=recipe.use_ste,
+            )
+        if state.observer is not None:
+            state.observer(self, x, operand, result, y)
+        return y
+
+    def _finite_amax(self, x: torch.Tensor) -> float:
+        amax = x.detach().abs().amax().item()
+        if not math.isfinite(amax):
+            raise ValueError(f"{self.path}: the calibration fed NaN or Inf")
+        return amax
+
+    def _full_precision(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_full if hasattr(self, "weight_full") else self.weight
+        return F.linear(x, weight, self.bias)
+
+    def _matmul(self, operand: torch.Tensor) -> torch.Tensor:
+        scale = self._result_scale()
+        bias = self.bias if scale is None else None
+        if hasattr(self, "weight_image"):
+            y = F.linear(operand, self.weight_image, bias)
+        else:
+            y = PackedLinear.apply(operand, bias, self._unpack)
+        if scale is None:
+            return y
+        y = y.float() * scale
+        return (y if self.bias is None else y + self.bias.float()).to(operand.dtype)
+
+    def _result_scale(self) -> torch.Tensor | None:
+        """fp32 product of the tensor scales of weight and input, or None without any."""
+        scales = [
+            s
+            for name in ("weight_tensor_scale", "input_tensor_scale")
+            if (s := getattr(self, name, None)) is not None
+        ]
+        return torch.stack(scales).prod() if scales else None
+
+    def extra_repr(self) -> str:
+        recipe = self.state.recipe
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, injection_point={recipe.injection_point}, "
+            f"weight={recipe.weight_profile}, activation={recipe.activation_profile}, "
+            f"storage={recipe.base_storage}"
+        )
