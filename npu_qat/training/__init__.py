@@ -1,0 +1,1 @@
+"""How the model learns: one DeepSpeed engine, two methods, checkpoints that survive a kill."""

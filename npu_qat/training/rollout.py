@@ -1,0 +1,236 @@
+"""Sampling completions through the very modules that are trained.
+
+Rows are decoded together with a KV cache; prompts are padded on the left once, finished rows leave
+the batch. Two properties matter more than speed here:
+
+* **Reproducible by row.** The random numbers of a row come from its own counter-based stream, keyed
+  by (seed, step, prompt, generation), and a token is drawn by inverting the cumulative
+  distribution. What a row samples therefore depends on no other row, on no batch size and on no
+  number of processes, up to floating-point differences of batched matmuls; a resumed run continues
+  exactly.
+* **Honest log-probabilities.** ``logp`` is the log-probability of each sampled token under the
+  distribution it was sampled from (temperature included, before nucleus truncation), recorded at
+  sampling time. The trainer compares it with its own.
+
+Shapes: B rows, P prompt tokens (padded), T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from npu_qat.training.engine import TrainingError
+
+# Rows leave the batch when at most this share of them is still running: the copy of the cache then
+# costs less than the rows save.
+COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        tokens: token ids, the end-of-sequence token included if it was reached.
+        logp: log-probability of each token when it was sampled.
+        truncated: the limit came before the end-of-sequence token.
+    """
+
+    tokens: list[int]
+    logp: list[float]
+    truncated: bool
+
+
+def row_uniforms(keys: Sequence[tuple[int, ...]], length: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), fp64 [B, length], one independent stream a key."""
+    rows = [np.random.default_rng(np.random.SeedSequence(key)).random(length) for key in keys]
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    keys: Sequence[tuple[int, ...]],
+    params: SamplingParams,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int,
+    stop: Callable[[], None] = lambda: None,
+) -> list[Completion]:
+    """Sample one completion for each prompt.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        prompts: token ids of each row.
+        keys: the random stream of each row; unused when greedy.
+        params: how to draw.
+        eos_ids: tokens that end a completion.
+        pad_id: any valid token; masked wherever it stands.
+        batch_size: rows decoded together.
+        stop: called once a token; may raise to abandon the rollout.
+
+    Returns:
+        The completions in the order of ``prompts``.
+
+    Raises:
+        TrainingError: the logits hold NaN or Inf.
+    """
+    completions: list[Completion | None] = [None] * len(prompts)
+    # Rows of similar length share a batch: less padding. The order of rows does not matter.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _Batch(model, [prompts[i] for i in rows], eos_ids, pad_id)
+        uniforms = None
+        if params.temperature > 0:
+            uniforms = row_uniforms([keys[i] for i in rows], params.max_new_tokens)
+        for i, completion in zip(rows, batch.decode(params, uniforms, stop), strict=True):
+            completions[i] = completion
+    return [c for c in completions if c is not None]
+
+
+class _Batch:
+    """The running rows of one decode: tokens, mask, cache, and which row is where."""
+
+    def __init__(
+        self, model: Any, prompts: list[list[int]], eos_ids: Sequence[int], pad_id: int
+    ) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.device = next(model.parameters()).device
+        width = max(map(len, prompts))
+        ids = [[pad_id] * (width - len(p)) + p for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        self.ids = torch.tensor(ids, device=self.device)
+        self.mask = torch.tensor(mask, device=self.device)
+        self.position = self.mask.cumsum(-1).sub(1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config)
+        self.eos = torch.tensor(list(eos_ids), device=self.device)
+        self.rows = torch.arange(len(prompts))
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.logp: list[list[float]] = [[] for _ in prompts]
+
+    def decode(
+        self, params: SamplingParams, uniforms: torch.Tensor | None, stop: Callable[[], None]
+    ) -> list[Completion]:
+        steps_token, steps_logp, steps_rows = [], [], []
+        finished = torch.zeros(len(self.tokens), dtype=torch.bool)
+        done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        for t in range(params.max_new_tokens):
+            stop()
+            logits = self._forward()
+            u = None if uniforms is None else uniforms[self.rows, t].to(self.device)
+            token, logp = draw(logits, params, u)
+            # One transfer a token: everything that Python needs to know about this step.
+            steps_token.append(token.cpu())
+            steps_logp.append(logp.cpu())
+            steps_rows.append(self.rows)
+            done = done | torch.isin(token, self.eos)
+            done_here = done.cpu()
+            finished[self.rows[done_here]] = True
+            if done_here.all():
+                break
+            self._append(token)
+            if (~done_here).float().mean() <= COMPACT_BELOW:
+                self._keep(~done_here)
+                done = done[~done]
+        return self._collect(steps_token, steps_logp, steps_rows, finished)
+
+    def _forward(self) -> torch.Tensor:
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _append(self, token: torch.Tensor) -> None:
+        self.ids = token[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.position = self.position[:, -1:] + 1
+
+    def _keep(self, running: torch.Tensor) -> None:
+        index = running.nonzero().flatten()
+        on_device = index.to(self.device)
+        self.ids, self.mask = self.ids[on_device], self.mask[on_device]
+        self.position = self.position[on_device]
+        self.cache.batch_select_indices(on_device)
+        self.rows = self.rows[index]
+
+    def _collect(
+        self,
+        tokens: list[torch.Tensor],
+        logps: list[torch.Tensor],
+        rows: list[torch.Tensor],
+        finished: torch.Tensor,
+    ) -> list[Completion]:
+        if not all(torch.isfinite(logp).all() for logp in logps):
+            # Some token would be drawn all the same, and a model that answers rubbish looks like
+            # one that has not learnt yet.
+            raise TrainingError("the model's logits hold NaN or Inf while sampling")
+        eos = set(self.eos.tolist())
+        ended = set()
+        for token, logp, row in zip(tokens, logps, rows, strict=True):
+            for r, tok, lp in zip(row.tolist(), token.tolist(), logp.tolist(), strict=True):
+                if r in ended:
+                    continue
+                self.tokens[r].append(tok)
+                self.logp[r].append(lp)
+                if tok in eos:
+                    ended.add(r)
+        return [
+            Completion(tokens, logp, truncated=not bool(done))
+            for tokens, logp, done in zip(self.tokens, self.logp, finished, strict=True)
+        ]
+
+
+def draw(
+    logits: torch.Tensor, params: SamplingParams, u: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from ``logits`` [B, V], and its log-probability.
+
+    With ``u`` [B] uniform in [0, 1) the token is the first whose cumulative probability exceeds
+    ``u``; with ``u`` None it is the most probable one.
+    """
+    scale = params.temperature if params.temperature > 0 else 1.0
+    logp = torch.log_softmax(logits.float() / scale, dim=-1)
+    if u is None:
+        token = logp.argmax(-1)
+    elif params.top_p >= 1.0:
+        token = _invert(logp.exp(), u)
+    else:
+        sorted_p, order = logp.exp().sort(dim=-1, descending=True)
+        # Keep the smallest set of tokens whose mass reaches top_p: those before which less lies.
+        kept = torch.where(sorted_p.cumsum(-1) - sorted_p < params.top_p, sorted_p, 0.0)
+        token = order.gather(-1, _invert(kept, u)[:, None])[:, 0]
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+def _invert(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Index [B] at which the cumulative sum of ``p`` [B, V] passes ``u`` times its total."""
+    cumulative = p.double().cumsum(-1)
+    target = (u * cumulative[:, -1])[:, None]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # A uniform that rounds up to the total would fall off the end, onto a token of mass zero.
+    last = (p > 0).long().cumsum(-1).argmax(-1)
+    return torch.minimum(index, last)
