@@ -1,0 +1,1 @@
+"""How well a model does: accuracy on held-out problems, and what an interval lets one conclude."""
