@@ -1,0 +1,351 @@
+"""``npu-qat doctor``: what is installed, what would be used, what is missing and how to get it.
+
+Read-only. Nothing that the program does not need makes it fail: a C++ compiler and MPI may be
+absent, and an accelerator too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from npu_qat.__about__ import __version__
+from npu_qat.cli.arguments import examples
+from npu_qat.cli.terminal import make_console
+
+EXAMPLES = examples(
+    "npu-qat doctor",
+    "npu-qat doctor --json",
+)
+
+# What training needs, with the lowest version (the same as in pyproject.toml; a test compares).
+NEEDED = {
+    "torch": "2.10",
+    "transformers": "5.5",
+    "peft": "0.18",
+    "deepspeed": "0.19",
+    "safetensors": "0.6",
+    "numpy": "1.26",
+    "pydantic": "2.10",
+    "pyyaml": "6.0.2",
+    "rich": "13.9",
+    "matplotlib": "3.9",
+    "jinja2": "3.1.4",
+    "tensorboard": "2.18",
+    "psutil": "5.9",
+}
+# What one use or another needs, and for what.
+OPTIONAL = {
+    "torch-npu": "training on an Ascend NPU: pip install 'npu-qat[npu]'",
+    "triton": "fast kernels on NVIDIA GPUs: pip install 'npu-qat[gpu]'",
+    "datasets": "GSM8K by its hub name: pip install datasets",
+    "pyarrow": "GSM8K from Parquet files: pip install pyarrow",
+}
+LOWEST_PYTHON = (3, 10)
+# Checkpoints, metrics and a report of the embedded demo stay below this.
+LITTLE_DISK = 2 * 2**30
+
+Status = Literal["ok", "absent", "warning", "missing"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``missing`` means that training cannot work without it."""
+
+    area: str
+    name: str
+    status: Status
+    value: str
+    advice: str = ""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine and installation",
+        description="Print versions, devices, which device a run would take and why, and what is "
+        "missing. Exit code 0 if everything that training needs is there, else 1.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``doctor`` and return its exit code."""
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print while they are imported
+        checks = examine()
+    healthy = not any(check.status == "missing" for check in checks)
+    if args.json:
+        import json
+
+        report = {"ok": healthy, "checks": [asdict(check) for check in checks]}
+        print(json.dumps(report, indent=2))
+    else:
+        _print(checks, healthy)
+    return 0 if healthy else 1
+
+
+def examine() -> list[Check]:
+    """All checks. Never raises: what cannot be found out is a check that says so."""
+    return [
+        *_program(),
+        *_packages(),
+        *_devices(),
+        *_ascend(),
+        _deepspeed(),
+        *_machine(),
+        *_files(),
+    ]
+
+
+def _program() -> Iterator[Check]:
+    yield Check("program", "npu-qat", "ok", __version__)
+    enough = sys.version_info >= LOWEST_PYTHON
+    lowest = ".".join(map(str, LOWEST_PYTHON))
+    yield Check(
+        "program",
+        "python",
+        "ok" if enough else "missing",
+        f"{platform.python_version()} at {sys.executable}",
+        "" if enough else f"install Python {lowest} or newer",
+    )
+    yield Check("program", "system", "ok", f"{platform.system()} {platform.machine()}")
+
+
+def _packages() -> Iterator[Check]:
+    for name, lowest in NEEDED.items():
+        yield _package(name, lowest)
+    for name, purpose in OPTIONAL.items():
+        version = _version(name)
+        if version is None:
+            yield Check("optional", name, "absent", "not installed", purpose)
+        else:
+            yield Check("optional", name, "ok", version)
+
+
+def _package(name: str, lowest: str) -> Check:
+    version = _version(name)
+    get = f"pip install '{name}>={lowest}'"
+    if name == "torch":
+        get = "python scripts/bootstrap.py takes the torch build for this machine"
+    if version is None:
+        return Check("packages", name, "missing", "not installed", get)
+    if version_key(version) < version_key(lowest):
+        return Check("packages", name, "missing", f"{version} is older than {lowest}", get)
+    return Check("packages", name, "ok", version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` as (2, 13, 0), to compare. Suffixes such as rc1 are not looked at."""
+    release = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in release.group().split(".")) if release else ()
+
+
+def _devices() -> Iterator[Check]:
+    if _version("torch") is None:
+        return
+    from npu_qat.backends import BackendUnavailable, probe_devices, select
+
+    for probe in probe_devices():
+        status: Status = "ok" if probe.available else "absent"
+        yield Check("devices", probe.name, status, probe.detail)
+    try:
+        selection = select("auto")
+    except BackendUnavailable as error:
+        yield Check("devices", "auto", "missing", str(error), "reinstall torch")
+    else:
+        yield Check("devices", "auto", "ok", selection.reason)
+
+
+def _ascend() -> Iterator[Check]:
+    """Only on machines with an NPU's device files or an Ascend toolkit."""
+    nodes = sorted(Path("/dev").glob("davinci[0-9]*"))
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    if not nodes and not home:
+        return
+    yield Check(
+        "ascend",
+        "device files",
+        "ok" if nodes else "warning",
+        f"{len(nodes)} NPUs" if nodes else "none under /dev",
+        "" if nodes else "pass the NPUs to the container: --device /dev/davinci0 ...",
+    )
+    if home is None:
+        yield Check(
+            "ascend",
+            "CANN",
+            "warning",
+            "ASCEND_HOME_PATH is not set",
+            "source set_env.sh of the CANN toolkit",
+        )
+    else:
+        yield Check("ascend", "CANN", "ok", f"{_cann_version(Path(home))} at {home}")
+    torch, torch_npu = _version("torch"), _version("torch-npu")
+    if torch and torch_npu and version_key(torch)[:2] != version_key(torch_npu)[:2]:
+        yield Check(
+            "ascend",
+            "torch-npu",
+            "warning",
+            f"{torch_npu} does not fit torch {torch}",
+            "the first two numbers must be equal: pip install 'npu-qat[npu]'",
+        )
+
+
+def _cann_version(home: Path) -> str:
+    for file in (
+        home / "version.cfg",
+        home / "version.info",
+        *home.glob("*/ascend_*_install.info"),
+    ):
+        if file.is_file():
+            found = re.search(
+                r"(?i)^\W*version\W*=\W*\[?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE
+            )
+            if found:
+                return found[1]
+    return "version unknown"
+
+
+def _deepspeed() -> Check:
+    area, name = "training", "DeepSpeed accelerator"
+    if _version("deepspeed") is None or _version("torch") is None:
+        return Check(area, name, "missing", "DeepSpeed or torch is not installed", "see packages")
+    named = os.environ.get("DS_ACCELERATOR")
+    with _device_for_deepspeed():
+        try:
+            module = importlib.import_module("deepspeed.accelerator")
+            accelerator = module.get_accelerator()
+            value = f"{accelerator._name} with {accelerator.communication_backend_name()}"
+        except Exception as error:  # an import of DeepSpeed fails in many ways
+            return Check(
+                area, name, "missing", f"cannot be imported: {error}", "reinstall deepspeed"
+            )
+    why = f"DS_ACCELERATOR={named}" if named else "each run sets it to its own device"
+    return Check(area, name, "ok", f"{value} ({why})")
+
+
+@contextlib.contextmanager
+def _device_for_deepspeed() -> Iterator[None]:
+    """``DS_ACCELERATOR`` as a run on the chosen device would set it."""
+    if "DS_ACCELERATOR" in os.environ:
+        yield
+        return
+    from npu_qat.backends import select
+
+    os.environ["DS_ACCELERATOR"] = select("auto").device.type
+    try:
+        yield
+    finally:
+        del os.environ["DS_ACCELERATOR"]
+
+
+def _machine() -> Iterator[Check]:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    yield Check(
+        "training",
+        "C++ compiler",
+        "ok" if compiler else "absent",
+        compiler or "none; not needed",
+    )
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    yield Check(
+        "machine",
+        "threads",
+        "ok",
+        f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}",
+    )
+    memory = _memory()
+    if memory:
+        yield Check("machine", "memory", "ok", memory)
+    free = shutil.disk_usage(Path.cwd()).free
+    little = free < LITTLE_DISK
+    yield Check(
+        "machine",
+        "disk",
+        "warning" if little else "ok",
+        f"{free / 2**30:.1f} GiB free in {Path.cwd()}",
+        "run elsewhere, or name another folder with --output" if little else "",
+    )
+    writable = os.access(Path.cwd(), os.W_OK)
+    if not writable:
+        yield Check(
+            "machine", "folder", "warning", f"{Path.cwd()} is read-only", "use --output DIR"
+        )
+
+
+def _memory() -> str | None:
+    """Total and available memory, on Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB available"
+
+
+def _files() -> Iterator[Check]:
+    from npu_qat.assets import demo_model_path
+
+    try:
+        yield Check("files", "demo model", "ok", str(demo_model_path()))
+    except (OSError, ValueError) as error:
+        yield Check("files", "demo model", "missing", str(error), "reinstall npu-qat")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    yield Check(
+        "files",
+        "model hub",
+        "ok",
+        "offline (HF_HUB_OFFLINE); models from folders and the cache" if offline else "allowed",
+    )
+
+
+def _print(checks: list[Check], healthy: bool) -> None:
+    from rich.table import Table
+
+    styles = {"ok": "green", "absent": "dim", "warning": "yellow", "missing": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    area = ""
+    for check in checks:
+        shown = f"{check.value}\n-> {check.advice}" if check.advice else check.value
+        table.add_row(
+            check.area if check.area != area else "",
+            check.name,
+            f"[{styles[check.status]}]{check.status}[/]",
+            shown.replace("[", r"\["),
+        )
+        area = check.area
+    console = make_console()
+    console.print(table)
+    missing = [check.name for check in checks if check.status == "missing"]
+    if healthy:
+        console.print("\neverything that training needs is here")
+    else:
+        console.print(f"\nmissing: {', '.join(missing)}", markup=False)

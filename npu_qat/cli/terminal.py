@@ -1,0 +1,69 @@
+"""What reaches the screen: one console on rank 0, and errors as one readable line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED = 2
+INTERRUPTED = 130
+# Width of tables where there is no terminal to ask (logs, pipes).
+_PLAIN_WIDTH = 120
+
+
+def rank() -> int:
+    """This process's rank, as torchrun and the deepspeed launcher tell it; 0 without them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of this launch; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_console() -> Console:
+    """A console on standard output that is silent on every rank but 0."""
+    from rich.console import Console
+
+    console = Console(quiet=rank() != 0, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLAIN_WIDTH
+    return console
+
+
+def report_line(text: str) -> None:
+    """A line on standard error, from rank 0."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def report_error(error: BaseException) -> int:
+    """Print ``error: ...`` on standard error and return the exit code.
+
+    Mistakes of the user are ``ValueError`` and ``OSError`` and explain themselves; anything else
+    is named by its class, with a hint at how to see where it came from.
+    """
+    if os.environ.get("NPU_QAT_DEBUG") == "1":
+        traceback.print_exception(error)
+    if rank() != 0 and _same_on_every_rank(error):
+        return FAILED
+    text = str(error) or type(error).__name__
+    if not isinstance(error, (ValueError, OSError, ImportError)):
+        text = f"{type(error).__name__}: {text}"
+        if os.environ.get("NPU_QAT_DEBUG") != "1":
+            text += "\n(NPU_QAT_DEBUG=1 shows where it came from)"
+    who = f"[rank {rank()}] " if world_size() > 1 and rank() != 0 else ""
+    print(f"{who}error: {text}", file=sys.stderr)
+    return FAILED
+
+
+def _same_on_every_rank(error: BaseException) -> bool:
+    """A wrong configuration is wrong everywhere; once is enough to say so."""
+    from npu_qat.config.errors import ConfigError
+
+    return isinstance(error, ConfigError)

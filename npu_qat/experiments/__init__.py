@@ -1,0 +1,1 @@
+"""Runs: one configuration carried out from start to report."""

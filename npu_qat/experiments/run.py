@@ -1,0 +1,556 @@
+"""One run from configuration to report: evaluate the start, train the arms, evaluate, judge.
+
+The arms answer the user's question in one table. The quantised model before training says what
+post-training quantisation costs; the trained one, what training wins back. The third comparison is
+the honest one: an adapter trained in 16 bits by the same algorithm on the same prompts, served on
+the 4-bit base, says whether training *in 4 bits* was needed.
+
+Every stage writes its result before the next begins, and a resumed run skips what is whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from npu_qat.backends import Selection, select
+from npu_qat.config import RunConfig
+from npu_qat.config.dump import dump_yaml
+from npu_qat.config.load import load_config
+from npu_qat.evaluation.accuracy import Outcome, answer_problems
+from npu_qat.evaluation.intervals import paired_difference, proportion
+from npu_qat.experiments.console import RunConsole
+from npu_qat.experiments.environment import describe_environment
+from npu_qat.experiments.stopping import stop_requests
+from npu_qat.experiments.tensorboard import TensorBoard
+from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
+from npu_qat.layers.base_model import DTYPES, load_base, stop_ids
+from npu_qat.noise import AQN
+from npu_qat.reporting import write_report
+from npu_qat.tasks import Problem, Task, load_task
+from npu_qat.training.engine import Engine, launch_environment, shut_down, world
+from npu_qat.training.loop import Learner, total_steps
+from npu_qat.training.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What may differ when a run is resumed: where and how it runs, not what it computes.
+MAY_CHANGE = {
+    "run": {"output_dir", "resume", "threads", "device"},
+    "train": {"checkpoint_every", "keep_checkpoints"},
+}
+# Prompts that calibrate static activation scales (NVFP4).
+CALIBRATION_PROMPTS = 32
+# Room for logs, samples, plots and report beside the checkpoints.
+BYTES_BESIDE_CHECKPOINTS = 64 * 2**20
+
+
+def execute(config: RunConfig, run_dir: Path, console: Console) -> dict[str, Any]:
+    """Carry out a run.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: its folder.
+        console: where progress goes; a rich console.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ValueError: configuration, model, data or folder are not usable; nothing was trained.
+        TrainingError: NaN, Inf, or rollout and training compute different models.
+        AuditError: a measurement contradicts the configuration.
+        Interrupted: the user stopped the run; ``--resume auto`` goes on.
+    """
+    selection = _start(config)
+    rank, _ = world()
+    rundir = RunDirectory(run_dir, writer=rank == 0)
+    shown = RunConsole(console)
+    resume = config.run.resume == "auto"
+    try:
+        if resume:
+            _check_same_run(config, rundir)
+        rundir.prepare(resume=resume, bytes_needed=BYTES_BESIDE_CHECKPOINTS)
+        with rundir.locked(), stop_requests(shown.say) as should_stop:
+            return _Run(config, rundir, selection, shown, should_stop).execute(resume)
+    finally:
+        shown.close()
+        shut_down()
+
+
+def evaluate(
+    config: RunConfig,
+    *,
+    run_dir: Path | None = None,
+    adapter: Path | None = None,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure accuracy without training, in 16 bits and in the configured numbers.
+
+    Args:
+        config: model, task, quantisation and evaluation settings.
+        run_dir: evaluate the adapters found in this run directory; nothing in it is changed.
+        adapter: evaluate this adapter (PEFT format) instead.
+        console: where progress goes; a rich console.
+
+    Returns:
+        ``{"confidence", "arms", "comparisons"}`` as in ``summary.json``.
+
+    Raises:
+        ValueError: there is nothing to evaluate, or model, data or adapter are not usable.
+    """
+    selection = _start(config)
+    shown = RunConsole(console)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            rundir = RunDirectory(Path(scratch), writer=world()[0] == 0)
+            run = _Run(config, rundir, selection, shown, lambda: False)
+            shown.say(f"device: {selection.reason}")
+            run.evaluate_only(run_dir, adapter)
+            return run.evaluations()
+        finally:
+            shut_down()
+
+
+def _start(config: RunConfig) -> Selection:
+    selection = select(config.run.device)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    launch_environment(selection.device)
+    return selection
+
+
+def _check_same_run(config: RunConfig, rundir: RunDirectory) -> None:
+    """A resumed run is the same run: refuse keys that changed what it computes."""
+    before = rundir.path / "config.yaml"
+    if not before.exists():
+        return
+    old = load_config(before).model_dump(exclude=MAY_CHANGE)
+    new = config.model_dump(exclude=MAY_CHANGE)
+    changed = [
+        f"{section}.{key} (was {old[section][key]!r}, is {value!r})"
+        for section, keys in new.items()
+        for key, value in keys.items()
+        if old[section][key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{rundir.path} was started with another configuration: {'; '.join(changed)}. "
+            "Resume with the same one, or start a new run in another --output"
+        )
+
+
+@dataclass
+class _Arm:
+    """A trained arm: what it is called and whether its base is quantised."""
+
+    name: str
+    quantized: bool
+    noise: bool
+
+
+class _Run:
+    """The stages of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rundir: RunDirectory,
+        selection: Selection,
+        console: RunConsole,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.rundir, self.selection = config, rundir, selection
+        self.console, self.should_stop = console, should_stop
+        self.task: Task = load_task(config.task)
+        self.steps = total_steps(config, len(self.task.train))
+        wanted = config.evaluation.problems or len(self.task.test)
+        if wanted > len(self.task.test):
+            raise ValueError(
+                f"evaluation.problems is {wanted}, but the test split has {len(self.task.test)}"
+            )
+        self.problems: Sequence[Problem] = self.task.test[:wanted]
+        self.mode = _mode(config)
+        self.seconds: dict[str, float] = {}
+        self.board = TensorBoard(rundir)
+        # Evaluations of this run, in the order in which they were made.
+        self.names: list[str] = []
+
+    def execute(self, resume: bool) -> dict[str, Any]:
+        started = time.time()
+        config = self.config
+        self.rundir.write_text("config.yaml", dump_yaml(config))
+        self.rundir.write_json("environment.json", describe_environment(self.selection))
+        self.console.say(f"device: {self.selection.reason}")
+        if "bf16" in config.evaluation.baselines:
+            self._evaluate_start("bf16_start", quantized=False)
+        if "ptq" in config.evaluation.baselines and self.mode != "w16a16":
+            self._evaluate_start(f"{self.mode}_ptq", quantized=True)
+        verdict = self._train(_Arm(self.mode, quantized=True, noise=True), f"{self.mode}_trained")
+        if "bf16_lora" in config.evaluation.baselines and self.mode != "w16a16":
+            self._train(_Arm("bf16_lora", quantized=False, noise=False), "bf16_lora")
+            self._serve_adapter("bf16_lora", f"bf16_lora_served_{self.mode}")
+        return self._summarize(time.time() - started, verdict)
+
+    # --- models -----------------------------------------------------------------------------
+
+    def _load(self, *, quantized: bool) -> tuple[Any, Any, QuantizedModel | None]:
+        """A fresh base, its tokenizer and, if quantised, its handle."""
+        model, tokenizer = load_base(self.config.model, self.selection.device)
+        if not quantized or self.mode == "w16a16":
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            return model, tokenizer, None
+        handle = prepare_model(model, self.config.quant, self.selection.backend)
+        if handle.needs_calibration:
+            prompts = [self.task.messages(p) for p in self.task.train[:CALIBRATION_PROMPTS]]
+            handle.calibrate(lambda m: _run_prompts(m, tokenizer, prompts))
+        return model, tokenizer, handle
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def _evaluate_start(self, name: str, *, quantized: bool) -> None:
+        if self._outcomes(name) is not None:
+            self.names.append(name)
+            return
+        model, tokenizer, handle = self._load(quantized=quantized)
+        self._evaluate(name, model, tokenizer, handle)
+        _forget(model)
+
+    def _serve_adapter(self, arm: str, name: str) -> None:
+        """Evaluate the adapter of a 16-bit arm on the quantised base."""
+        if self._outcomes(name) is None:
+            self._evaluate_adapter(self._adapter(arm), name, quantized=True)
+        else:
+            self.names.append(name)
+
+    def _evaluate(
+        self, name: str, model: Any, tokenizer: Any, handle: QuantizedModel | None
+    ) -> None:
+        started = time.time()
+        outcomes = self._answer(model, tokenizer, handle, self.problems)
+        self.seconds[f"evaluate {name}"] = time.time() - started
+        lines = "".join(json.dumps(o.as_dict()) + "\n" for o in outcomes)
+        self.rundir.write_text(f"evaluations/{name}.jsonl", lines)
+        self.names.append(name)
+        score = proportion([o.strict for o in outcomes], self.config.evaluation.confidence)
+        self.console.say(
+            f"{name}: accuracy {score.mean:.1%} [{score.low:.1%}, {score.high:.1%}] on "
+            f"{score.n} problems, {self.seconds[f'evaluate {name}']:.0f} s"
+        )
+
+    def _answer(
+        self,
+        model: Any,
+        tokenizer: Any,
+        handle: QuantizedModel | None,
+        problems: Sequence[Problem],
+    ) -> list[Outcome]:
+        """Answer ``problems``, each rank its share; every rank gets all outcomes, in order."""
+        evaluation = self.config.evaluation
+        rank, world_size = world()
+        eos = stop_ids(model, tokenizer)
+        mine = answer_problems(
+            model,
+            handle,
+            problems[rank::world_size],
+            encode=lambda problem: _encode(tokenizer, self.task, problem),
+            decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+            eos_ids=eos,
+            pad_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            max_new_tokens=evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
+            batch_size=evaluation.batch_size,
+        )
+        if world_size == 1:
+            return mine
+        parts: list[list[Outcome]] = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, mine)
+        return [parts[i % world_size][i // world_size] for i in range(len(problems))]
+
+    def _outcomes(self, name: str) -> list[dict[str, Any]] | None:
+        """The outcomes of an evaluation that is already there."""
+        path = self.rundir.path / "evaluations" / f"{name}.jsonl"
+        if not path.exists():
+            return None
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def evaluate_only(self, run_dir: Path | None, adapter: Path | None) -> None:
+        """Evaluate the adapters of ``run_dir``, or ``adapter``, or the model as it is."""
+        if run_dir is not None:
+            for folder in sorted((run_dir / "adapters").glob("*")):
+                name = f"{folder.name}_served_{self.mode}" if folder.name == "bf16_lora" else None
+                if name is not None:
+                    self._evaluate_adapter(folder, folder.name, quantized=False)
+                self._evaluate_adapter(folder, name or f"{self.mode}_trained", quantized=True)
+            if not self.names:
+                raise ValueError(f"{run_dir} holds no trained adapter yet")
+        elif adapter is not None:
+            self._evaluate_adapter(adapter, f"{adapter.name}_{self.mode}", quantized=True)
+        else:
+            self._evaluate_start("bf16_start", quantized=False)
+            if self.mode != "w16a16":
+                self._evaluate_start(f"{self.mode}_ptq", quantized=True)
+
+    def _evaluate_adapter(self, folder: Path, name: str, *, quantized: bool) -> None:
+        model, tokenizer, handle = self._load(quantized=quantized)
+        self._evaluate(name, load_lora(model, str(folder)).eval(), tokenizer, handle)
+        _forget(model)
+
+    # --- training ---------------------------------------------------------------------------
+
+    def _adapter(self, arm: str) -> Path:
+        return self.rundir.path / "adapters" / arm
+
+    def _train(self, arm: _Arm, evaluation: str) -> str | None:
+        """Train an arm and evaluate it; returns the audit's verdict for a quantised one."""
+        if self._outcomes(evaluation) is not None:
+            self.names.append(evaluation)
+            audit = self.rundir.read_json("audit.json") if arm.quantized else None
+            return audit["verdict"] if audit else None
+        started = time.time()
+        model, tokenizer, handle = self._load(quantized=arm.quantized)
+        adapted = add_lora(model, self.config.lora, self.config.run.seed)
+        if self.config.model.gradient_checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        aqn = None
+        if arm.noise and self.config.noise.enabled:
+            aqn = self._noise(adapted)
+        adapted.train()
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        # Master weights and two moments in fp32; one checkpoint more than kept while writing.
+        self.rundir.check_space(12 * trained * (self.config.train.keep_checkpoints + 1))
+        engine = Engine(
+            adapted,
+            self.config.train,
+            self.config.deepspeed,
+            fp16=self.config.model.dtype == "fp16",
+        )
+        learner = Learner(
+            arm.name,
+            self.config,
+            engine,
+            handle,
+            aqn,
+            tokenizer,
+            stop_ids(model, tokenizer),
+            self.task,
+            self.steps,
+            self.rundir,
+            self.console.say,
+            self.should_stop,
+        )
+        self.console.say(f"{arm.name}: {self.steps} steps, {trained:,} trained parameters")
+        learner.run(
+            resume=self.config.run.resume == "auto",
+            after_step=lambda done, metrics: self._after_step(learner, done, metrics),
+        )
+        self.seconds[f"train {arm.name}"] = time.time() - started
+        with engine.for_generation() as whole:
+            self._save_adapter(arm.name, whole)
+            self._evaluate(evaluation, whole, tokenizer, handle)
+            verdict = None if handle is None else self._audit(learner, whole)
+        _forget(model)
+        return verdict
+
+    def _noise(self, model: Any) -> AQN:
+        per_epoch = max(self.steps // self.config.train.epochs, 1)
+        aqn = AQN(
+            model,
+            self.config.noise,
+            total_steps=self.steps,
+            seed=self.config.run.seed,
+            steps_per_epoch=per_epoch,
+        )
+        for stage in aqn.check():
+            if stage.sigma > 0 and stage.inert:
+                self.console.say(
+                    f"noise: steps {stage.first_step + 1}-{stage.last_step + 1} are inert: sigma "
+                    f"{stage.sigma:g} changes {stage.elements_changed_fraction:.1%} of the norm "
+                    "weights (noise.norm_dtype: fp32 cures it)"
+                )
+        return aqn
+
+    def _after_step(self, learner: Learner, done: int, metrics: dict[str, Any]) -> None:
+        self.console.step(learner.arm, done, self.steps, metrics)
+        self.board.add(learner.arm, done, metrics)
+        if done == 1 and learner.quantized is not None:
+            with learner.engine.gathered():
+                learner.quantized.audit.verify(learner.engine.model)
+        every = self.config.evaluation.every
+        if every and done % every == 0 and done < self.steps:
+            problems = self.problems[: self.config.evaluation.every_problems]
+            with learner.engine.for_generation() as whole:
+                outcomes = self._answer(whole, learner.tokenizer, learner.quantized, problems)
+            score = proportion([o.strict for o in outcomes], self.config.evaluation.confidence)
+            self.rundir.append(
+                "metrics.jsonl",
+                {
+                    "arm": learner.arm,
+                    "step": done,
+                    "evaluation": {"strict": score.mean, "low": score.low, "high": score.high},
+                },
+            )
+            self.console.say(f"{learner.arm} step {done}: held-out accuracy {score.mean:.1%}")
+
+    def _save_adapter(self, arm: str, model: Any) -> None:
+        """The adapter's 16-bit image, in PEFT's format: the numbers that were trained with."""
+        if not self.rundir.writer:
+            return
+        dtype = DTYPES[self.config.model.dtype]
+        state = {
+            name: parameter.detach().to(dtype).cpu()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        model.save_pretrained(self._adapter(arm), state_dict=state)
+
+    def _audit(self, learner: Learner, model: Any) -> str:
+        assert learner.quantized is not None
+        audit = learner.quantized.audit
+        _check_noise(learner)
+        _check_gradients(learner)
+        report = audit.report(model)
+        report["noise"] = {
+            **(learner.aqn.describe() if learner.aqn else {"enabled": False}),
+            "steps": learner.noise_records,
+        }
+        report["first_update_gradients"] = learner.engine.first_gradients
+        self.rundir.write_json("audit.json", report)
+        audit.verify(model)
+        return str(report["verdict"])
+
+    # --- the result -------------------------------------------------------------------------
+
+    def evaluations(self) -> dict[str, Any]:
+        """Accuracy of every evaluation, and the trained one against each other, by problem."""
+        confidence = self.config.evaluation.confidence
+        outcomes = {name: self._outcomes(name) or [] for name in self.names}
+        arms = {
+            name: {
+                "n": len(rows),
+                "strict": _estimate([r["strict"] for r in rows], confidence),
+                "flexible": _estimate([r["flexible"] for r in rows], confidence),
+                "length_mean": sum(r["length"] for r in rows) / len(rows),
+                "truncated_fraction": sum(r["truncated"] for r in rows) / len(rows),
+            }
+            for name, rows in outcomes.items()
+        }
+        trained = f"{self.mode}_trained"
+        comparisons = [
+            _compare(outcomes, trained, other, confidence)
+            for other in self.names
+            if trained in outcomes and other != trained
+        ]
+        return {"confidence": confidence, "arms": arms, "comparisons": comparisons}
+
+    def _summarize(self, seconds: float, verdict: str | None) -> dict[str, Any]:
+        evaluations = self.evaluations()
+        self.rundir.write_json("evaluations.json", evaluations)
+        summary = {
+            **evaluations,
+            "mode": self.mode,
+            "steps": self.steps,
+            "seconds": seconds,
+            "stages": self.seconds,
+            "audit": verdict,
+        }
+        self.rundir.write_json("summary.json", summary)
+        if self.rundir.writer:
+            report = write_report(self.rundir.path)
+            self.console.say(f"report: {report}")
+        return summary
+
+
+def _mode(config: RunConfig) -> str:
+    """w4a4, w4a16, w16a4, w16a16."""
+    recipe = config.quant
+    weight = 4 if recipe.quantizes_weight else 16
+    activation = 4 if recipe.quantizes_input or recipe.quantizes_output else 16
+    return f"w{weight}a{activation}"
+
+
+def _encode(tokenizer: Any, task: Task, problem: Problem) -> list[int]:
+    ids = tokenizer.apply_chat_template(
+        task.messages(problem), add_generation_prompt=True, return_dict=False
+    )
+    return list(ids)
+
+
+def _run_prompts(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> None:
+    device = next(model.parameters()).device
+    for messages in prompts:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+        model(input_ids=ids.to(device))
+
+
+def _check_noise(learner: Learner) -> None:
+    """Compare the noise that reached the weights with the schedule."""
+    audit = learner.quantized.audit if learner.quantized else None
+    if audit is None or learner.aqn is None or learner.aqn.schedule is None:
+        return
+    noisy = [r for r in learner.noise_records if r["sigma"] > 0]
+    changed = [r for r in noisy if r["norms_changed"] > 0]
+    audit.add_check(
+        "noise reaches the norms",
+        f"{len(noisy)} noisy blocks change norms",
+        f"{len(changed)} did",
+        len(noisy) == len(changed),
+    )
+
+
+def _check_gradients(learner: Learner) -> None:
+    """Whether the first update reached every adapter, by the gradient of its B matrix.
+
+    A is not looked at: its gradient is zero while B is.
+    """
+    audit = learner.quantized.audit if learner.quantized else None
+    first = {n: g for n, g in learner.engine.first_gradients.items() if "lora_B" in n}
+    if audit is None or not first:
+        return
+    zero = [name for name, largest in first.items() if largest == 0.0]
+    audit.add_check(
+        "adapters receive a gradient in the first update",
+        f"{len(first)} adapters" if learner.config.quant.use_ste else "as use_ste: false allows",
+        f"{len(first) - len(zero)} adapters" + (f", exactly zero: {zero[0]}" if zero else ""),
+        not zero or not learner.config.quant.use_ste,
+    )
+
+
+def _estimate(outcomes: list[bool], confidence: float) -> dict[str, float]:
+    estimate = proportion(outcomes, confidence)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+
+
+def _compare(
+    outcomes: dict[str, list[dict[str, Any]]], a: str, b: str, confidence: float
+) -> dict[str, Any]:
+    """Strict accuracy of ``a`` minus ``b``, paired by problem."""
+    strict = [[row["strict"] for row in outcomes[name]] for name in (a, b)]
+    difference = paired_difference(strict[0], strict[1], confidence)
+    return {
+        "a": a,
+        "b": b,
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "method": difference.method,
+    }
+
+
+def _forget(model: Any) -> None:
+    """Free a model before the next is loaded."""
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
