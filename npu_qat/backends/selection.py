@@ -57,7 +57,7 @@ def select(device: str = "auto") -> Selection:
                 f"device {device!r} is not available: {probe.detail}. "
                 "Use --device auto to take what is there, or --device cpu."
             )
-        return _selection(probe, "asked for")
+        return _selection(probe, f"asked for; {probe.detail}")
     passed_over: list[str] = []
     for probe in map(_probe, DEVICES):
         if probe.available:

@@ -46,6 +46,7 @@ def answer_problems(
     pad_id: int,
     max_new_tokens: int,
     batch_size: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Answer ``problems`` greedily and score each.
 
@@ -58,6 +59,7 @@ def answer_problems(
         eos_ids, pad_id: of the tokenizer.
         max_new_tokens: longest answer.
         batch_size: rows decoded together.
+        stop: called once a token; may raise to abandon the evaluation.
 
     Returns:
         One outcome a problem, in order.
@@ -71,6 +73,7 @@ def answer_problems(
             eos_ids=eos_ids,
             pad_id=pad_id,
             batch_size=batch_size,
+            stop=stop,
         )
     outcomes = []
     for problem, completion in zip(problems, completions, strict=True):

@@ -37,7 +37,7 @@ from npu_qat.noise import AQN
 from npu_qat.reporting import write_report
 from npu_qat.tasks import Problem, Task, load_task
 from npu_qat.training.engine import Engine, launch_environment, shut_down, world
-from npu_qat.training.loop import Learner, total_steps
+from npu_qat.training.loop import Interrupted, Learner, total_steps
 from npu_qat.training.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -182,6 +182,8 @@ class _Run:
         self.mode = _mode(config)
         self.seconds: dict[str, float] = {}
         self.board = TensorBoard(rundir)
+        # Arms whose first step in this process passed the audit.
+        self.audited: set[str] = set()
         # Evaluations of this run, in the order in which they were made.
         self.names: list[str] = []
 
@@ -234,10 +236,18 @@ class _Run:
             self.names.append(name)
 
     def _evaluate(
-        self, name: str, model: Any, tokenizer: Any, handle: QuantizedModel | None
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        handle: QuantizedModel | None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        """Evaluate and write the outcomes; ``check`` runs before anything is written, since a
+        resumed run takes what is written as done."""
         started = time.time()
-        outcomes = self._answer(model, tokenizer, handle, self.problems)
+        outcomes = self._answer(model, tokenizer, handle, self.problems, self._check_stop)
+        check()
         self.seconds[f"evaluate {name}"] = time.time() - started
         lines = "".join(json.dumps(o.as_dict()) + "\n" for o in outcomes)
         self.rundir.write_text(f"evaluations/{name}.jsonl", lines)
@@ -254,6 +264,7 @@ class _Run:
         tokenizer: Any,
         handle: QuantizedModel | None,
         problems: Sequence[Problem],
+        stop: Callable[[], None] = lambda: None,
     ) -> list[Outcome]:
         """Answer ``problems``, each rank its share; every rank gets all outcomes, in order."""
         evaluation = self.config.evaluation
@@ -269,6 +280,7 @@ class _Run:
             pad_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             max_new_tokens=evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
             batch_size=evaluation.batch_size,
+            stop=stop,
         )
         if world_size == 1:
             return mine
@@ -276,12 +288,23 @@ class _Run:
         torch.distributed.all_gather_object(parts, mine)
         return [parts[i % world_size][i // world_size] for i in range(len(problems))]
 
+    def _check_stop(self) -> None:
+        """Abandon an evaluation if the user asked to stop; several processes finish it, because all
+        of them must stop at the same place."""
+        if world()[1] == 1 and self.should_stop():
+            raise Interrupted("stopped in an evaluation, of which nothing is kept")
+
     def _outcomes(self, name: str) -> list[dict[str, Any]] | None:
-        """The outcomes of an evaluation that is already there."""
+        """The outcomes of an evaluation that is already there, as the first rank sees it: the ranks
+        must agree on what is left to do."""
         path = self.rundir.path / "evaluations" / f"{name}.jsonl"
-        if not path.exists():
-            return None
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        found: list[Any] = [None]
+        if self.rundir.writer and path.exists():
+            found = [[json.loads(line) for line in path.read_text("utf-8").splitlines()]]
+        if world()[1] > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        rows: list[dict[str, Any]] | None = found[0]
+        return rows
 
     def evaluate_only(self, run_dir: Path | None, adapter: Path | None) -> None:
         """Evaluate the adapters of ``run_dir``, or ``adapter``, or the model as it is."""
@@ -314,8 +337,8 @@ class _Run:
         """Train an arm and evaluate it; returns the audit's verdict for a quantised one."""
         if self._outcomes(evaluation) is not None:
             self.names.append(evaluation)
-            audit = self.rundir.read_json("audit.json") if arm.quantized else None
-            return audit["verdict"] if audit else None
+            # An evaluation is written only if the audit passed.
+            return "pass" if arm.quantized and self.mode != "w16a16" else None
         started = time.time()
         model, tokenizer, handle = self._load(quantized=arm.quantized)
         adapted = add_lora(model, self.config.lora, self.config.run.seed)
@@ -356,10 +379,11 @@ class _Run:
         self.seconds[f"train {arm.name}"] = time.time() - started
         with engine.for_generation() as whole:
             self._save_adapter(arm.name, whole)
-            self._evaluate(evaluation, whole, tokenizer, handle)
-            verdict = None if handle is None else self._audit(learner, whole)
+            self._evaluate(
+                evaluation, whole, tokenizer, handle, lambda: self._audit(learner, whole)
+            )
         _forget(model)
-        return verdict
+        return None if handle is None else "pass"
 
     def _noise(self, model: Any) -> AQN:
         per_epoch = max(self.steps // self.config.train.epochs, 1)
@@ -382,9 +406,10 @@ class _Run:
     def _after_step(self, learner: Learner, done: int, metrics: dict[str, Any]) -> None:
         self.console.step(learner.arm, done, self.steps, metrics)
         self.board.add(learner.arm, done, metrics)
-        if done == 1 and learner.quantized is not None:
+        if learner.quantized is not None and learner.arm not in self.audited:
             with learner.engine.gathered():
                 learner.quantized.audit.verify(learner.engine.model)
+            self.audited.add(learner.arm)
         every = self.config.evaluation.every
         if every and done % every == 0 and done < self.steps:
             problems = self.problems[: self.config.evaluation.every_problems]
@@ -413,8 +438,10 @@ class _Run:
         }
         model.save_pretrained(self._adapter(arm), state_dict=state)
 
-    def _audit(self, learner: Learner, model: Any) -> str:
-        assert learner.quantized is not None
+    def _audit(self, learner: Learner, model: Any) -> None:
+        """Write ``audit.json``; raises ``AuditError`` if a check failed."""
+        if learner.quantized is None:
+            return
         audit = learner.quantized.audit
         _check_noise(learner)
         _check_gradients(learner)
@@ -426,7 +453,6 @@ class _Run:
         report["first_update_gradients"] = learner.engine.first_gradients
         self.rundir.write_json("audit.json", report)
         audit.verify(model)
-        return str(report["verdict"])
 
     # --- the result -------------------------------------------------------------------------
 

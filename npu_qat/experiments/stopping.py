@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request; yields a function that tells whether one came.
+    """Turn the first SIGINT or SIGTERM into a request; yields whether one came, as a function.
 
     Outside the main thread Python delivers no signals, and nothing is changed.
     """

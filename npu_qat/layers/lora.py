@@ -48,9 +48,9 @@ class QatLoraLinear(PeftLoraLinear):
         y = base(x)
         if self.disable_adapters:
             return y
-        if isinstance(base, QuantLinear) and base.state.recipe.lora_input == "quantised":
-            if base.state.active:
-                x = base.quantized_input(x)
+        quantized = isinstance(base, QuantLinear) and base.state.active
+        if quantized and base.state.recipe.lora_input == "quantised":
+            x = base.quantized_input(x)
         for name in self.active_adapters:
             a, b = self.lora_A[name], self.lora_B[name]
             y = y + b(a(self.lora_dropout[name](x))) * self.scaling[name]

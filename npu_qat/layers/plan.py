@@ -52,8 +52,8 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> list[PlannedLinear]:
     output_profile = get_profile(recipe.activation_profile)
     if recipe.quantizes_output and output_profile.tensor_scale:
         raise ValueError(
-            f"injection_point {recipe.injection_point!r} with {output_profile.name!r}: tensor scales "
-            "are calibrated for inputs only; use 'nvfp4-one-level'"
+            f"injection_point {recipe.injection_point!r} with {output_profile.name!r}: tensor "
+            "scales are calibrated for inputs only; use 'nvfp4-one-level'"
         )
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linears:
@@ -69,8 +69,8 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> list[PlannedLinear]:
             )
     if recipe.injection_point != "none" and not any(planned.quantized for planned in plan):
         raise ValueError(
-            f"injection_point {recipe.injection_point!r}, but quant.exclude and quant.target_layers "
-            "leave no linear layer to quantise"
+            f"injection_point {recipe.injection_point!r}, but quant.exclude and "
+            "quant.target_layers leave no linear layer to quantise"
         )
     return plan
 

@@ -29,14 +29,14 @@ from torch.nn import functional as F
 
 from npu_qat.backends import Backend
 from npu_qat.config import Recipe
-from npu_qat.layers.straight_through import PackedLinear, quantize_activation
+from npu_qat.layers.straight_through import FrozenLinear, quantize_activation
 from npu_qat.numerics import QuantizedTensor, get_profile, nvfp4_tensor_scale
 
 PHASES = ("training", "rollout", "evaluation")
 
 
 class Observer(Protocol):
-    """Sees what a layer quantised: (x, operand of the matmul), (its result, y). The audit is one."""
+    """Sees what a layer quantised: x to ``operand``, ``result`` to y. The audit is one."""
 
     def __call__(
         self,
@@ -342,10 +342,7 @@ class QuantLinear(nn.Linear):
     def _matmul(self, operand: torch.Tensor) -> torch.Tensor:
         scale = self._result_scale()
         bias = self.bias if scale is None else None
-        if hasattr(self, "weight_image"):
-            y = F.linear(operand, self.weight_image, bias)
-        else:
-            y = PackedLinear.apply(operand, bias, self._unpack)
+        y: torch.Tensor = FrozenLinear.apply(operand, bias, self.weight_operand)
         if scale is None:
             return y
         y = y.float() * scale

@@ -6,10 +6,10 @@ quantiser was the identity: ``y = Q(x)``, ``dx = dy``. It is the identity for sa
 too: the largest magnitude of nearly every block saturates or rounds, and cutting those gradients
 would cut the ones that matter most.
 
-The frozen weight needs no gradient, so its linear saves no activation: with a 16-bit image autograd
-keeps a reference to the image alone, and with packed codes ``PackedLinear`` unpacks them once more
-in the backward pass instead of keeping the 16-bit image alive. What LoRA training keeps in memory
-is then exactly what 16-bit LoRA training keeps.
+The frozen weight needs no gradient, so its linear saves no activation, and ``FrozenLinear`` asks
+for the weight once more in the backward pass instead of keeping what the forward pass used: the
+16-bit image of packed codes, or a weight that ZeRO-3 had gathered. What LoRA training keeps in
+memory is then what 16-bit LoRA training keeps, or less.
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ def quantize_activation(
     return function.apply(x, quantizer, slope)
 
 
-class PackedLinear(torch.autograd.Function):
-    """``y = x W^T + b`` where ``unpack()`` makes the 16-bit ``W`` [out, in] each time it is needed."""
+class FrozenLinear(torch.autograd.Function):
+    """``y = x W^T + b`` where ``weight()`` gives the 16-bit ``W`` [out, in] when it is needed."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
-        unpack: Callable[[], torch.Tensor],
+        weight: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        ctx.unpack = unpack
-        return F.linear(x, unpack(), bias)
+        ctx.weight = weight
+        return F.linear(x, weight(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        grad_x = grads[0] @ ctx.unpack() if ctx.needs_input_grad[0] else None
+        grad_x = grads[0] @ ctx.weight() if ctx.needs_input_grad[0] else None
         return grad_x, None, None

@@ -236,7 +236,15 @@ def _quant_compute_bytes(amax_bits: Tensor) -> Tensor:
 
 def nvfp4_tensor_scale(amax: Tensor | float) -> Tensor:
     """fp32 tensor scale amax / 2688 of NVFP4; `amax`: largest finite magnitude of the tensor."""
-    return torch.as_tensor(amax, dtype=torch.float32) / NVFP4_RANGE
+    return _divide(torch.as_tensor(amax, dtype=torch.float32), NVFP4_RANGE)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """The correctly rounded quotient on every device.
+
+    On CUDA torch computes `x / 6.0` as `x * (1 / 6.0)`, which rounds twice; by a tensor it divides.
+    """
+    return x / x.new_full((), divisor)
 
 
 def largest_finite(x: Tensor) -> Tensor:
@@ -266,7 +274,7 @@ def _e4m3_scales(
     """E4M3 scales and, under a tensor scale, the two-level factors (module docstring)."""
     amax = amax_bits.view(torch.float32)
     if tensor_scale is None:
-        s = amax / e2m1.MAX
+        s = _divide(amax, e2m1.MAX)
     else:
         g, lifted = tensor_scale, amax
         if rescue is not None:
@@ -287,7 +295,7 @@ def _e4m3_scales(
 
 def _clamped_carry_scale(amax: Tensor) -> Tensor:
     """amax / 6 as the earlier public code stores it: 1.000 to 1.875 times 2^-6 to 2^8; NaN kept."""
-    raw = amax.clamp_min(1e-10) / e2m1.MAX
+    raw = _divide(amax.clamp_min(1e-10), e2m1.MAX)
     exponent = ((raw.view(torch.int32) >> 23) - 127).clamp_(-6, 8)
     binade = ((exponent + 127) << 23).view(torch.float32)
     mantissa = (raw / binade * 8).round_().div_(8).clamp_(1.0, 1.875)

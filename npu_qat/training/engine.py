@@ -171,8 +171,8 @@ class Engine:
         self.device = next(model.parameters()).device
         self._bad_gradient: dict[str, torch.Tensor] = {}
         self._largest: dict[str, torch.Tensor] | None = {}
-        # Largest |gradient| of each parameter in the first update, on this rank: the evidence of
-        # whether the straight-through estimator reaches every adapter.
+        # Largest |gradient| of each parameter in the first update that had any, times the number of
+        # processes: the evidence of whether the straight-through estimator reaches every adapter.
         self.first_gradients: dict[str, float] = {}
         self._watch_gradients()
         self._make_adam_states()
@@ -214,8 +214,10 @@ class Engine:
         """
         self._refuse_bad_gradients()
         if self._largest is not None:
-            self.first_gradients = {name: float(value) for name, value in self._largest.items()}
-            self._largest = None
+            largest = self._largest_gradients()
+            # Advantages of groups with equal rewards are zero, and say nothing about the adapters.
+            moved = max(largest.values(), default=0.0) > 0.0
+            self.first_gradients, self._largest = (largest, None) if moved else ({}, {})
         if self.zero_stage == 0:
             norm = self._plain_grad_norm()
             _check_norm(norm)
@@ -225,6 +227,14 @@ class Engine:
             norm = float(self.ds.get_global_grad_norm())
             _check_norm(norm)
         return norm
+
+    def _largest_gradients(self) -> dict[str, float]:
+        """Largest |gradient| of each parameter in this update, over all ranks."""
+        names, zero = sorted(self.trainable), torch.zeros((), device=self.device)
+        values = torch.stack([(self._largest or {}).get(name, zero) for name in names])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return dict(zip(names, values.tolist(), strict=True))
 
     def keep_first_gradients(self, found: dict[str, float]) -> None:
         """Go on with the evidence of an earlier part of the run, if it had an update."""
@@ -461,6 +471,9 @@ def _config(train: TrainConfig, section: DeepSpeedSection) -> dict[str, Any]:
     if section.zero_stage == 3:
         # Adapters are small: without this nearly all of them would stay whole on every rank.
         zero["stage3_param_persistence_threshold"] = 0
+        # DeepSpeed would replace torch's linear, for the whole process, by one that rounds the
+        # product before it adds the bias: in 16 bits that is another model than at other stages.
+        zero["memory_efficient_linear"] = False
     overrides = dict(section.overrides)
     zero |= overrides.pop("zero_optimization", {})
     if zero["stage"] != section.zero_stage:

@@ -288,11 +288,14 @@ class Learner:
             return
         # On all ranks, because a partitioned model's forward pass takes all of them.
         module = first_bad_module(self.engine.ds.module, batch)
-        if finite:
-            module = "on another rank"
+        what = (
+            "the loss of another process is NaN or Inf; its message names the module"
+            if finite
+            else f"the loss is {float(loss.detach())}; the first module with NaN or Inf in its "
+            f"output is {module}"
+        )
         raise TrainingError(
-            f"step {step + 1}: the loss is {float(loss.detach())}; the first module with NaN or "
-            f"Inf in its output is {module}. No update was made; the last checkpoint is intact"
+            f"step {step + 1}: {what}. No update was made; the last checkpoint is intact"
         )
 
     def keep_samples(self, step: int, groups: Sequence[Group]) -> None:

@@ -1,8 +1,8 @@
 """An independent statement of what a quantised linear computes, for the tests of this room.
 
-Written with numpy in fp64 and by search over the eight magnitudes instead of bit operations, so that
-it shares no code and no trick with ``npu_qat.numerics``. Only the two profiles that the layers are
-tested with, only for finite values of ordinary size.
+Written with numpy in fp64 and by search over the eight magnitudes instead of bit operations, so
+that it shares no code and no trick with ``npu_qat.numerics``. Only the two profiles that the layers
+are tested with, only for finite values of ordinary size.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_demo_is_the_model_in_the_package() -> None:
 
 def test_a_folder_that_is_not_there_is_an_error_that_says_so(tmp_path: Path) -> None:
     config = ModelConfig(path=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"model.path '.*nowhere' cannot be loaded \(no such folder"):
+    with pytest.raises(ValueError, match=r"path '.*nowhere' cannot be loaded \(no such folder"):
         load_base(config, CPU)
 
 

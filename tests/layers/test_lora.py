@@ -1,4 +1,4 @@
-"""Adapters: dtypes that keep small updates alive, what they see, what leaks without the estimator."""
+"""Adapters: dtypes that keep small updates alive, what they see, what leaks without estimator."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_without_it_and_lora_on_the_quantised_input_five_projections_get_exactly
 
 
 def test_lora_on_the_full_input_leaks_some_gradient_into_all() -> None:
-    """With B = 0 nothing leaks yet; once B has values, LoRA's own path goes around the quantiser."""
+    """With B = 0 nothing leaks yet; once B has values, LoRA's path goes around the quantiser."""
     recipe = Recipe(use_ste=False, lora_input="full")
     first = by_projection(gradients(adapted(recipe)[0].train()), "lora_B")
     assert first["q_proj"] == [0.0, 0.0] and min(first["down_proj"]) > 0
@@ -110,9 +110,7 @@ def test_with_it_every_adapter_learns_from_the_first_update(lora_input: str) -> 
 def test_lora_sees_the_input_that_the_recipe_names(profile: str) -> None:
     seen = {}
     for lora_input in ("full", "quantised"):
-        recipe = Recipe(
-            weight_profile=profile, activation_profile=profile, lora_input=lora_input
-        )
+        recipe = Recipe(weight_profile=profile, activation_profile=profile, lora_input=lora_input)
         model, handle = adapted(recipe)
         assert handle is not None
         if handle.needs_calibration:
@@ -158,9 +156,10 @@ def test_masters_are_fp32_and_compute_is_16_bits(recipe: Recipe | None) -> None:
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     assert layer(x).dtype == a(x).dtype == torch.bfloat16
-    wanted = layer.get_base_layer()(x) + (
-        x @ a.weight.bfloat16().T @ b.weight.bfloat16().T
-    ) * layer.scaling["default"]
+    wanted = (
+        layer.get_base_layer()(x)
+        + (x @ a.weight.bfloat16().T @ b.weight.bfloat16().T) * layer.scaling["default"]
+    )
     assert torch.equal(layer(x), wanted)
     assert layer.scaling["default"] == 2.0
 
@@ -241,7 +240,8 @@ def test_targets(targets: object, count: int) -> None:
 
 @pytest.mark.parametrize("target", ["q_prj", "lm_head", "embed_tokens"])
 def test_a_target_that_is_no_linear_of_a_decoder_layer_is_an_error(target: str) -> None:
-    with pytest.raises(ValueError, match=rf"lora.targets: \['{target}'\].*choose from \['down_proj'"):
+    message = rf"lora.targets: \['{target}'\].*choose from \['down_proj'"
+    with pytest.raises(ValueError, match=message):
         add_lora(tiny_model(), LoraSection(targets=("q_proj", target)), seed=0)
 
 
@@ -268,7 +268,9 @@ def test_dropout_acts_in_training_only() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", [None, Recipe(base_storage="packed")])
-def test_a_saved_adapter_comes_back(tmp_path: Path, recipe: Recipe | None, dtype: torch.dtype) -> None:
+def test_a_saved_adapter_comes_back(
+    tmp_path: Path, recipe: Recipe | None, dtype: torch.dtype
+) -> None:
     model, _ = adapted(recipe, dtype=dtype, live=True)
     state = {n: p.detach().to(dtype) for n, p in model.named_parameters() if p.requires_grad}
     model.save_pretrained(tmp_path, state_dict=state)

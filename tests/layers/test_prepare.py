@@ -81,9 +81,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     for checkpointing in (False, True):
         backend = Counting()
         model = tiny_model()
-        handle = prepare_model(
-            model, Recipe(base_storage=storage, lora_input=lora_input), backend
-        )
+        handle = prepare_model(model, Recipe(base_storage=storage, lora_input=lora_input), backend)
         adapted = add_lora(model, LoraSection(r=4, alpha=8), seed=0)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
@@ -145,9 +143,9 @@ def test_the_phase_returns_to_what_it_was_also_after_an_error() -> None:
 
 def test_an_unknown_phase_is_an_error() -> None:
     handle = prepare_model(tiny_model(), Recipe())
-    with pytest.raises(ValueError, match=r"unknown phase 'train'; choose training, rollout"):
-        with handle.phase("train"):
-            pass
+    message = r"unknown phase 'train'; choose training, rollout"
+    with pytest.raises(ValueError, match=message), handle.phase("train"):
+        pass
 
 
 # --- refusals -------------------------------------------------------------------------------

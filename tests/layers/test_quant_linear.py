@@ -141,7 +141,7 @@ def test_a_two_level_profile_with_fp32_scales_is_exact_in_fp32_and_refused_in_bf
     handle = prepare_model(model, recipe)
     model["proj"](torch.randn(3, 640))
     handle.audit.verify(model)
-    with pytest.raises(ValueError, match="not exact in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"not exact in torch\.bfloat16"):
         quantized_layer(nn.Linear(640, 32).bfloat16(), recipe)
 
 
@@ -149,7 +149,8 @@ def test_a_two_level_profile_with_fp32_scales_is_exact_in_fp32_and_refused_in_bf
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items()}
+    tensors = model.state_dict().items()
+    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in tensors}
 
 
 @pytest.mark.parametrize("apply_during", ["both", "training", "rollout"])
@@ -195,7 +196,9 @@ def test_recomputation_quantises_once_more(reentrant: bool) -> None:
     x = rows().requires_grad_(True)
     y = checkpoint(model["layers"][0], x, use_reentrant=reentrant)
     y.sum().backward()
-    assert backend.calls == 4
+    # The kind that is not reentrant stops as soon as it has what the backward pass saved, and the
+    # frozen o_proj saves nothing.
+    assert backend.calls == (4 if reentrant else 3)
 
 
 def test_a_tensor_changed_in_place_is_quantised_again() -> None:
@@ -382,7 +385,7 @@ def test_calibration_is_no_call_in_the_eyes_of_the_audit() -> None:
 
 def test_nvfp4_in_fp16_is_refused() -> None:
     """Its operands go up to 6 * 448 each, so a sum of a few products leaves fp16."""
-    with pytest.raises(ValueError, match="proj: NVFP4 needs model.dtype bf16 or fp32"):
+    with pytest.raises(ValueError, match=r"proj: NVFP4 needs model\.dtype bf16 or fp32"):
         quantized_layer(nn.Linear(256, 32).half(), Recipe(**NVFP4))
 
 

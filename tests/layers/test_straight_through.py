@@ -11,7 +11,7 @@ from torch import nn
 
 from npu_qat.config import LoraSection, Recipe
 from npu_qat.layers import add_lora, prepare_model
-from npu_qat.layers.straight_through import PackedLinear, quantize_activation
+from npu_qat.layers.straight_through import FrozenLinear, quantize_activation
 from tests.layers.oracle import mxfp4
 
 POINTS = ("none", "weight", "input", "both", "output", "weight_output")
@@ -171,7 +171,7 @@ def test_the_slope_scales_the_gradient_in_its_own_dtype() -> None:
     assert torch.equal(grad, torch.full_like(x, 0.25))
 
 
-def test_a_packed_linear_keeps_no_weight_for_the_backward_pass() -> None:
+def test_a_frozen_linear_keeps_no_weight_for_the_backward_pass() -> None:
     weight, unpacked = torch.randn(8, 32), []
 
     def unpack() -> torch.Tensor:
@@ -181,14 +181,14 @@ def test_a_packed_linear_keeps_no_weight_for_the_backward_pass() -> None:
     x = torch.randn(4, 32, requires_grad=True)
     held: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        y = PackedLinear.apply(x, None, unpack)
+        y = FrozenLinear.apply(x, None, unpack)
     assert held == [] and len(unpacked) == 1
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert len(unpacked) == 2
     assert torch.allclose(grad, torch.ones(4, 8) @ weight)
 
 
-def test_a_packed_linear_unpacks_once_where_no_gradient_is_wanted() -> None:
+def test_a_frozen_linear_asks_for_its_weight_once_where_no_gradient_is_wanted() -> None:
     unpacked = []
 
     def unpack() -> torch.Tensor:
@@ -196,6 +196,6 @@ def test_a_packed_linear_unpacks_once_where_no_gradient_is_wanted() -> None:
         return torch.ones(8, 32)
 
     bias = torch.randn(8)
-    y = PackedLinear.apply(torch.ones(4, 32), bias, unpack)
+    y = FrozenLinear.apply(torch.ones(4, 32), bias, unpack)
     assert not y.requires_grad and len(unpacked) == 1
     assert torch.allclose(y, torch.full((4, 8), 32.0) + bias)

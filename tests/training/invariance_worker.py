@@ -1,30 +1,26 @@
 """Run a few updates on a fixed global batch and print what must not depend on the launch.
 
-Usage: torchrun ... invariance_worker.py ZERO_STAGE MICRO_BATCH [dtype]
+Usage: torchrun ... invariance_worker.py STAGE:MICRO_BATCH:DTYPE ...; one line of JSON a case.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from types import SimpleNamespace
-
-sys.path.insert(0, os.path.dirname(__file__))
+from typing import Any
 
 import torch
-from tiny import tiny_model, tiny_samples
 
 from npu_qat.config import DapoConfig, DeepSpeedSection, LoraSection, Recipe, RunConfig, TrainConfig
 from npu_qat.layers import add_lora, prepare_model
 from npu_qat.training.dapo import Dapo, _Totals
 from npu_qat.training.engine import Engine, launch_environment, shut_down
+from tests.training.tiny import tiny_model, tiny_samples
 
 
-def main() -> None:
-    stage, micro = int(sys.argv[1]), int(sys.argv[2])
-    dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else torch.float32
-    launch_environment(torch.device("cpu"))
+def run_case(stage: int, micro: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Four updates, with a state that goes out and in after the third."""
     model = tiny_model(dtype=dtype)
     handle = prepare_model(model, Recipe(base_storage="packed"))
     adapted = add_lora(model, LoraSection(r=4, alpha=8), seed=3)
@@ -61,11 +57,29 @@ def main() -> None:
     assert all(torch.equal(state[k], again[k]) for k in state), "state does not round-trip"
     with engine.for_generation() as whole, torch.no_grad():
         logits = whole(input_ids=torch.arange(3, 19)[None]).logits.double().sum().item()
-    norms.append(dapo._update(3, tiny_samples(seed=3), _Totals()))
+    with handle.phase("training"):
+        norms.append(dapo._update(3, tiny_samples(seed=3), _Totals()))
     sums = {k: v.double().abs().sum().item() for k, v in sorted(engine.state().items())}
-    if engine.rank == 0:
-        print("RESULT " + json.dumps({"norms": norms, "metrics": metrics, "sums": sums, "logits": logits}))
+    return {
+        "norms": norms,
+        "metrics": metrics,
+        "sums": sums,
+        "logits": logits,
+        "first": dict(sorted(engine.first_gradients.items())),
+        "rank": engine.rank,
+        "world_size": engine.world_size,
+    }
+
+
+def main() -> None:
+    launch_environment(torch.device("cpu"))
+    for case in sys.argv[1:]:
+        stage, micro, dtype = case.split(":")
+        result = run_case(int(stage), int(micro), getattr(torch, dtype))
+        if result["rank"] == 0:
+            print("RESULT " + json.dumps({"case": case, **result}), flush=True)
     shut_down()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "model": {"dtype": "fp32"},
     "lora": {"r": 4, "alpha": 8},
     "task": {"levels": [1], "train_size": 40, "test_size": 20},
-    "train": {"steps": 3, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 4},
+    "train": {"steps": 3, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 8},
     "dapo": {
         "prompts_per_rollout": 4,
         "generation_prompts": 4,
@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
         "overlong_buffer": 4,
         "gap_prompts": 2,
     },
-    "rollout": {"num_generations": 4, "max_new_tokens": 12},
+    "rollout": {"num_generations": 4, "max_new_tokens": 10},
     "sft": {"batch_size": 8},
 }
 
@@ -111,5 +111,3 @@ def make_learner(
 def adapters(learner: Learner) -> dict[str, torch.Tensor]:
     """A copy of the trained parameters by name."""
     return {n: p.detach().clone() for n, p in learner.engine.trainable.items()}
-
-

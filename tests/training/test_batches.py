@@ -33,9 +33,10 @@ def test_ranks_partition_the_samples_and_make_equally_many_passes(
     fillers = [s for s in flat if not any(s is t for t in samples)]
     assert all(s.weight == 0.0 and s.tokens == 0 for s in fillers)
     assert sum(s.tokens for s in flat) == sum(s.tokens for s in samples)
-    assert (len(fillers) > 0) == (world_size > count or any(
-        len(share[-1]) == 1 and share[-1][0] in fillers for share in shares
-    ))
+    assert (len(fillers) > 0) == (
+        world_size > count
+        or any(len(share[-1]) == 1 and share[-1][0] in fillers for share in shares)
+    )
 
 
 def test_rows_of_similar_length_share_a_micro_batch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_the_cosine_starts_after_the_warm_up_and_falls_towards_zero() -> None:
     rates = [learning_rate(train, step, 12) for step in range(12)]
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[7] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False)) and rates[-1] > 0
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
     assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
 
 
@@ -239,7 +240,6 @@ def test_a_nan_loss_names_the_step_and_the_first_bad_module(
     parameter: str, module: str, tmp_path: Path
 ) -> None:
     learner = make_learner(tmp_path, run_config(train={"method": "sft", "steps": 5}))
-    learner.run_step = learner.method.step
     learner.method.step(0)
     poison(learner, parameter)
     before = adapters(learner)
@@ -249,12 +249,8 @@ def test_a_nan_loss_names_the_step_and_the_first_bad_module(
     assert all(torch.equal(before[k], after[k]) or "v_proj" in k for k in before)
 
 
-def test_a_bad_gradient_stops_without_an_update(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_gradient_stops_without_an_update(tmp_path: Path) -> None:
     learner = make_learner(tmp_path, run_config(train={"method": "sft"}))
-    name, parameter = next(iter(learner.engine.trainable.items()))
-    parameter.register_hook(lambda g: g)
     layer = learner.engine.model.base_model.model.model.layers[0].mlp
     layer.register_full_backward_hook(
         lambda module, grads, outputs: tuple(g * float("inf") for g in grads)
@@ -321,7 +317,9 @@ def test_dropout_is_no_gap(tmp_path: Path) -> None:
     """pi_old is what the sampler could have seen: the model without dropout."""
     for updates in (1, 2):
         config = run_config(
-            lora={"dropout": 0.5, "r": 4, "alpha": 64}, dapo={"updates_per_rollout": updates}
+            lora={"dropout": 0.5, "r": 4, "alpha": 64},
+            dapo={"updates_per_rollout": updates},
+            train={"steps": 1},
         )
         learner = make_learner(tmp_path / str(updates), config, live=True)
         learner.run(resume=False)
@@ -380,7 +378,7 @@ def test_the_filter_looks_at_the_accuracy_not_at_the_shaped_reward(
 ) -> None:
     """Penalties for length differ inside a group whose answers are all wrong."""
     monkeypatch.setattr(dapo_module, "accuracy_reward", lambda text, problem: 0.0)
-    learner = make_learner(tmp_path, dynamic(max_generation_tries=2, overlong_buffer=12))
+    learner = make_learner(tmp_path, dynamic(max_generation_tries=2, overlong_buffer=10))
     groups, found = learner.method._collect(0)
     assert groups == [] and found["groups_seen"] == 6
     assert found["reward_mean"] < 0.0
@@ -422,11 +420,11 @@ class StopAfter:
     """True from the n-th question on, until it is reset."""
 
     def __init__(self, questions: float) -> None:
-        self.left = questions
+        self.questions, self.count = questions, 0
 
     def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+        self.count += 1
+        return self.count > self.questions
 
 
 @pytest.mark.parametrize("method", ["dapo", "sft"])
@@ -463,22 +461,27 @@ def test_a_resumed_run_gives_the_same_numbers(method: str, tmp_path: Path) -> No
     assert_same_state(third, whole)
 
 
-@pytest.mark.parametrize("questions", [0, 1, 5, 14, 20, 27, 33])
 def test_a_stop_at_any_moment_is_a_checkpoint_that_resumes_to_the_same_numbers(
-    questions: int, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """In a rollout, in the measurement of the gap, between steps."""
     config = run_config(noise={**NOISE, "zero_first_stage": False})
-    whole = make_learner(tmp_path / "whole", config)
+    asked = StopAfter(math.inf)
+    whole = make_learner(tmp_path / "whole", config, should_stop=asked)
     whole.run(resume=False)
-    first = make_learner(tmp_path / "parts", config, should_stop=StopAfter(questions))
-    with pytest.raises(Interrupted, match=r"stopped after step \d of 3"):
-        first.run(resume=False)
-    second = make_learner(tmp_path / "parts", config)
-    second.run(resume=True)
-    assert metrics(second) == metrics(whole)
-    assert samples(second) == samples(whole)
-    assert_same_state(second, whole)
+    step = (asked.count - 1) // 3
+    assert step > 10, "it should be asked for every token"
+    # The first question, the last of a rollout, those about the gap, the one after the step.
+    for questions in (0, 1, step - 3, step - 2, step - 1, 2 * step + 1):
+        folder = tmp_path / str(questions)
+        first = make_learner(folder, config, should_stop=StopAfter(questions))
+        with pytest.raises(Interrupted, match=r"stopped after step \d of 3"):
+            first.run(resume=False)
+        second = make_learner(folder, config)
+        second.run(resume=True)
+        assert metrics(second) == metrics(whole)
+        assert samples(second) == samples(whole)
+        assert_same_state(second, whole)
 
 
 def test_a_second_stop_right_after_a_resume_loses_nothing(tmp_path: Path) -> None:
@@ -524,28 +527,22 @@ def test_a_damaged_checkpoint_costs_steps_not_numbers(tmp_path: Path) -> None:
     assert_same_state(second, whole)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_checkpoint_does_not_depend_on_the_stage(stage: int, tmp_path: Path) -> None:
+def test_a_checkpoint_does_not_depend_on_the_stage(tmp_path: Path) -> None:
     """Written at stage 0 and read at another one, in a process that never made an update."""
-    plain = run_config(train={"steps": 3, "checkpoint_every": 2})
-    whole = make_learner(tmp_path / "whole", plain, live=True)
+    train = {"steps": 3, "checkpoint_every": 2}
+    whole = make_learner(tmp_path / "0", run_config(train=train), live=True)
     whole.run(resume=False)
-    first = make_learner(tmp_path / "parts", plain, live=True)
-
-    def die(done: int, found: dict[str, Any]) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(resume=False, after_step=die)
-    config = run_config(
-        train={"steps": 3, "checkpoint_every": 2}, deepspeed={"zero_stage": stage}
-    )
-    second = make_learner(tmp_path / "parts", config)
-    second.run(resume=True)
-    wanted, found = whole.engine.state(), second.engine.state()
-    for key in wanted:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-6)
+    wanted = whole.engine.state()
+    shutil.rmtree(whole.checkpoints / "step-000003")
+    for stage in (1, 2, 3):
+        shutil.copytree(tmp_path / "0", tmp_path / str(stage))
+        config = run_config(train=train, deepspeed={"zero_stage": stage})
+        learner = make_learner(tmp_path / str(stage), config)
+        learner.run(resume=True)
+        assert "going on after step 2 of 3" in learner.said[0]
+        found = learner.engine.state()
+        for key in wanted:
+            torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-6)
 
 
 def test_metrics_have_what_the_reports_read(tmp_path: Path) -> None:

@@ -83,17 +83,13 @@ def test_a_ratio_beyond_the_clip_on_the_harmless_side_is_not_clipped() -> None:
     """Clipping takes away gains, never losses: this is what makes it a lower bound."""
     old = torch.zeros(2, 1)
     logp = torch.tensor([[0.5], [2.0]]).log()
-    losses = dapo_token_loss(
-        logp, old, torch.tensor([[1.0], [-1.0]]), clip_low=LOW, clip_high=HIGH
-    )
+    losses = dapo_token_loss(logp, old, torch.tensor([[1.0], [-1.0]]), clip_low=LOW, clip_high=HIGH)
     torch.testing.assert_close(losses, torch.tensor([[-0.5], [2.0]]))
 
 
 def test_the_upper_clip_is_higher_than_the_lower_one_is_low() -> None:
     logp = torch.tensor([[1.25]]).log()
-    loss = dapo_token_loss(
-        logp, torch.zeros(1, 1), torch.ones(1, 1), clip_low=0.2, clip_high=0.28
-    )
+    loss = dapo_token_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), clip_low=0.2, clip_high=0.28)
     torch.testing.assert_close(loss, torch.tensor([[-1.25]]))
     loss = dapo_token_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), clip_low=0.2, clip_high=0.2)
     torch.testing.assert_close(loss, torch.tensor([[-1.2]]))

@@ -39,9 +39,7 @@ def decode(model: torch.nn.Module, rows: list[list[int]], **changes: object) -> 
     return sample(model, rows, **settings)
 
 
-def generated(
-    model: torch.nn.Module, rows: list[list[int]], new: int
-) -> list[list[int]]:
+def generated(model: torch.nn.Module, rows: list[list[int]], new: int) -> list[list[int]]:
     """Greedy completions by transformers, the end token included."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
@@ -274,9 +272,7 @@ def test_a_large_vocabulary_is_drawn_from_with_enough_digits() -> None:
     vocabulary, n = 150_000, 64
     u = (torch.arange(n).double() + 0.5) / n
     token, _ = draw(torch.zeros(n, vocabulary), SamplingParams(1), u)
-    torch.testing.assert_close(
-        token.double(), u * vocabulary, rtol=0, atol=2.0, check_dtype=False
-    )
+    torch.testing.assert_close(token.double(), u * vocabulary, rtol=0, atol=2.0, check_dtype=False)
 
 
 def test_streams_are_uniform_independent_and_prefix_stable() -> None:

@@ -104,9 +104,9 @@ def holds_lock(folder: Path) -> subprocess.Popen[str]:
 def test_two_processes_never_train_into_one_folder(end: str, tmp_path: Path) -> None:
     other = holds_lock(tmp_path)
     try:
-        with pytest.raises(RunDirectoryError, match="another process is training into"):
-            with RunDirectory(tmp_path).locked():
-                pass
+        message = "another process is training into"
+        with pytest.raises(RunDirectoryError, match=message), RunDirectory(tmp_path).locked():
+            pass
         # The other ranks of a run write nothing and need no lock.
         with RunDirectory(tmp_path, writer=False).locked():
             pass

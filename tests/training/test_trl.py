@@ -1,7 +1,7 @@
 """The DAPO loss and its gradient equal those of an independent implementation, TRL.
 
-One fixed batch on one tiny model: both advantage signs, old log-probabilities perturbed so that both
-clips act, truncated rows. TRL's normaliser spans a generation batch and is rescaled to one
+One fixed batch on one tiny model: both advantage signs, old log-probabilities perturbed so that
+both clips act, truncated rows. TRL's normaliser spans a generation batch and is rescaled to one
 accumulation window; both are the same thing where ``steps_per_generation`` equals the accumulation
 steps, as set here. TRL has no dynamic sampling, no dual clip and one update a rollout in this
 setting; ``test_updates.py`` covers those.
@@ -44,9 +44,7 @@ def adapted() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def trainer(
-    adapted: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
+def trainer(adapted: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real GRPOTrainer, of which only the loss is used."""
     from datasets import Dataset
     from tokenizers import Tokenizer

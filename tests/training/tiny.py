@@ -76,12 +76,16 @@ def tiny_samples(count: int = 16, seed: int = 1) -> list[Sample]:
 
 
 def save_tiny_checkpoint(folder: Path, *, chat_template: bool = True, **changes: object) -> Path:
-    """A random Qwen2 with the demo model's tokenizer, in Hugging Face's layout."""
+    """A random Qwen2 with the demo model's tokenizer, in Hugging Face's layout.
+
+    Every sixth token ends a completion, so that a random model ends some of them.
+    """
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     if not chat_template:
         tokenizer.chat_template = None
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512, **changes)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    stop = [tokenizer.eos_token_id, *range(20, len(tokenizer), 6)]
+    model.generation_config.eos_token_id = stop
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

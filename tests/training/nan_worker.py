@@ -1,0 +1,35 @@
+"""Two ranks, one of which computes NaN: both must end, and say where it came from.
+
+Usage: torchrun ... nan_worker.py STAGE FOLDER; prints "RANK: message".
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from npu_qat.training.engine import TrainingError, launch_environment, shut_down, world
+from tests.training.learning import make_learner, run_config
+
+
+def main() -> None:
+    stage, folder = int(sys.argv[1]), Path(sys.argv[2])
+    launch_environment(torch.device("cpu"))
+    rank, _ = world()
+    config = run_config(train={"method": "sft"}, deepspeed={"zero_stage": stage})
+    learner = make_learner(folder / str(rank), config)
+    learner.method.step(0)
+    if rank == 1:
+        norm = learner.engine.model.base_model.model.model.layers[1].input_layernorm
+        norm.register_forward_pre_hook(lambda module, args: (args[0] * float("nan"),))
+    try:
+        learner.method.step(1)
+    except TrainingError as error:
+        print(f"{rank}: {error}", flush=True)
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
