@@ -7,7 +7,7 @@ it ``npu-qat --help`` and every configuration error) answers without loading tor
 ``fake_quant(x, profile)``    round a tensor to a 4-bit format and back; same shape and dtype
 ``quantize(x, profile)``      the codes, packed bytes and scale bytes
 ``dequantize(q, dtype)``      the values that those bytes stand for
-``profiles()``                the names of the formats ("mxfp4", ...)
+``profiles()``                the names of the profiles ("ascend950", ...)
 ``Recipe``                    which layers of a model are quantized, and how
 ``prepare_model(model, r)``   quantize a Hugging Face model by a recipe; gives back the audit handle
 ``AQN``                       adaptive quantization noise on the RMSNorm weights

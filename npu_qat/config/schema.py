@@ -472,6 +472,12 @@ class RunConfig(Section):
                     f"dapo.overlong_buffer ({d.overlong_buffer}) is longer than "
                     f"rollout.max_new_tokens ({r.max_new_tokens})"
                 )
+        rollout_noise = self.noise.enabled and self.noise.apply_during == "rollout"
+        if self.train.method == "sft" and rollout_noise:
+            raise ValueError(
+                "noise.apply_during: rollout never applies with train.method: sft, which has no "
+                "rollout; use apply_during: training, or noise.enabled: false"
+            )
         if self.quant.base_storage == "packed" and self.quant.apply_during != "both":
             raise ValueError(
                 "quant.base_storage: packed keeps no 16-bit weight, which apply_during: "

@@ -32,7 +32,7 @@ def describe_environment(selection: Any) -> dict[str, Any]:
         "reason": selection.reason,
         "versions": {"python": platform.python_version(), **package_versions()},
         "machine": platform.machine(),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), *platform.libc_ver())),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

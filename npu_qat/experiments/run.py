@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,11 @@ from npu_qat.evaluation.accuracy import Outcome, answer_problems
 from npu_qat.evaluation.intervals import paired_difference, proportion
 from npu_qat.experiments.console import RunConsole
 from npu_qat.experiments.environment import describe_environment
+from npu_qat.experiments.evidence import run_checks
 from npu_qat.experiments.stopping import stop_requests
 from npu_qat.experiments.tensorboard import TensorBoard
 from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
+from npu_qat.layers.audit import Check, raise_failed
 from npu_qat.layers.base_model import DTYPES, load_base, stop_ids
 from npu_qat.noise import AQN
 from npu_qat.reporting import write_report
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 # What may differ when a run is resumed: where and how it runs, not what it computes.
 MAY_CHANGE = {
     "run": {"output_dir", "resume", "threads", "device"},
-    "train": {"checkpoint_every", "keep_checkpoints"},
+    "train": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
+    "deepspeed": {"zero_stage", "overrides"},
 }
 # Prompts that calibrate static activation scales (NVFP4).
 CALIBRATION_PROMPTS = 32
@@ -307,21 +310,22 @@ class _Run:
         return rows
 
     def evaluate_only(self, run_dir: Path | None, adapter: Path | None) -> None:
-        """Evaluate the adapters of ``run_dir``, or ``adapter``, or the model as it is."""
-        if run_dir is not None:
-            for folder in sorted((run_dir / "adapters").glob("*")):
-                name = f"{folder.name}_served_{self.mode}" if folder.name == "bf16_lora" else None
-                if name is not None:
-                    self._evaluate_adapter(folder, folder.name, quantized=False)
-                self._evaluate_adapter(folder, name or f"{self.mode}_trained", quantized=True)
-            if not self.names:
-                raise ValueError(f"{run_dir} holds no trained adapter yet")
-        elif adapter is not None:
-            self._evaluate_adapter(adapter, f"{adapter.name}_{self.mode}", quantized=True)
-        else:
-            self._evaluate_start("bf16_start", quantized=False)
-            if self.mode != "w16a16":
-                self._evaluate_start(f"{self.mode}_ptq", quantized=True)
+        """Evaluate the start in 16 bits and quantised, then what was trained."""
+        adapters = [] if run_dir is None else sorted((run_dir / "adapters").glob("*"))
+        if run_dir is not None and not adapters:
+            raise ValueError(f"{run_dir} holds no trained adapter yet")
+        self._evaluate_start("bf16_start", quantized=False)
+        if self.mode != "w16a16":
+            self._evaluate_start(f"{self.mode}_ptq", quantized=True)
+        for folder in adapters:
+            if folder.name == "bf16_lora":
+                self._evaluate_adapter(folder, "bf16_lora", quantized=False)
+                served = f"bf16_lora_served_{self.mode}"
+                self._evaluate_adapter(folder, served, quantized=True)
+            else:
+                self._evaluate_adapter(folder, f"{self.mode}_trained", quantized=True)
+        if adapter is not None:
+            self._evaluate_adapter(adapter, f"{self.mode}_trained", quantized=True)
 
     def _evaluate_adapter(self, folder: Path, name: str, *, quantized: bool) -> None:
         model, tokenizer, handle = self._load(quantized=quantized)
@@ -338,7 +342,7 @@ class _Run:
         if self._outcomes(evaluation) is not None:
             self.names.append(evaluation)
             # An evaluation is written only if the audit passed.
-            return "pass" if arm.quantized and self.mode != "w16a16" else None
+            return "pass"
         started = time.time()
         model, tokenizer, handle = self._load(quantized=arm.quantized)
         adapted = add_lora(model, self.config.lora, self.config.run.seed)
@@ -383,7 +387,7 @@ class _Run:
                 evaluation, whole, tokenizer, handle, lambda: self._audit(learner, whole)
             )
         _forget(model)
-        return None if handle is None else "pass"
+        return "pass"
 
     def _noise(self, model: Any) -> AQN:
         per_epoch = max(self.steps // self.config.train.epochs, 1)
@@ -439,20 +443,26 @@ class _Run:
         model.save_pretrained(self._adapter(arm), state_dict=state)
 
     def _audit(self, learner: Learner, model: Any) -> None:
-        """Write ``audit.json``; raises ``AuditError`` if a check failed."""
-        if learner.quantized is None:
-            return
-        audit = learner.quantized.audit
-        _check_noise(learner)
-        _check_gradients(learner)
-        report = audit.report(model)
+        """Write the arm's part of ``audit.json``; raises ``AuditError`` if a check failed."""
+        checks = run_checks(learner)
+        if learner.quantized is not None:
+            audit = learner.quantized.audit
+            audit.add_checks(checks)
+            phases = {"evaluation"} | ({"training"} if learner.steps_made else set())
+            if learner.steps_made and self.config.train.method == "dapo":
+                phases.add("rollout")
+            report = audit.report(model, phases)
+        else:
+            verdict = "pass" if all(check.ok for check in checks) else "fail"
+            report = {"verdict": verdict, "checks": [asdict(c) for c in checks], "modules": []}
         report["noise"] = {
             **(learner.aqn.describe() if learner.aqn else {"enabled": False}),
             "steps": learner.noise_records,
         }
         report["first_update_gradients"] = learner.engine.first_gradients
-        self.rundir.write_json("audit.json", report)
-        audit.verify(model)
+        if learner.arm == self.mode:
+            self.rundir.write_json("audit.json", report)
+        raise_failed([Check(**check) for check in report["checks"]])
 
     # --- the result -------------------------------------------------------------------------
 
@@ -518,39 +528,6 @@ def _run_prompts(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]
             messages, add_generation_prompt=True, return_dict=False, return_tensors="pt"
         )
         model(input_ids=ids.to(device))
-
-
-def _check_noise(learner: Learner) -> None:
-    """Compare the noise that reached the weights with the schedule."""
-    audit = learner.quantized.audit if learner.quantized else None
-    if audit is None or learner.aqn is None or learner.aqn.schedule is None:
-        return
-    noisy = [r for r in learner.noise_records if r["sigma"] > 0]
-    changed = [r for r in noisy if r["norms_changed"] > 0]
-    audit.add_check(
-        "noise reaches the norms",
-        f"{len(noisy)} noisy blocks change norms",
-        f"{len(changed)} did",
-        len(noisy) == len(changed),
-    )
-
-
-def _check_gradients(learner: Learner) -> None:
-    """Whether the first update reached every adapter, by the gradient of its B matrix.
-
-    A is not looked at: its gradient is zero while B is.
-    """
-    audit = learner.quantized.audit if learner.quantized else None
-    first = {n: g for n, g in learner.engine.first_gradients.items() if "lora_B" in n}
-    if audit is None or not first:
-        return
-    zero = [name for name, largest in first.items() if largest == 0.0]
-    audit.add_check(
-        "adapters receive a gradient in the first update",
-        f"{len(first)} adapters" if learner.config.quant.use_ste else "as use_ste: false allows",
-        f"{len(first) - len(zero)} adapters" + (f", exactly zero: {zero[0]}" if zero else ""),
-        not zero or not learner.config.quant.use_ste,
-    )
 
 
 def _estimate(outcomes: list[bool], confidence: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ quantised. None of them raises. The audit therefore looks at tensors, not at set
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +45,15 @@ class Check:
     expected: str
     measured: str
     ok: bool
+
+
+def raise_failed(checks: Sequence[Check]) -> None:
+    """Raise ``AuditError`` for the first of ``checks`` that failed."""
+    for check in checks:
+        if not check.ok:
+            raise AuditError(
+                f"audit: {check.name}: expected {check.expected}, measured {check.measured}"
+            )
 
 
 @dataclass
@@ -91,10 +100,10 @@ class Audit:
         self._extra: list[Check] = []
         state.observer = self._observe
 
-    def add_check(self, name: str, expected: object, measured: object, ok: bool) -> None:
-        """Add a check made elsewhere (noise, adapters, gradients)."""
-        self._extra = [c for c in self._extra if c.name != name]
-        self._extra.append(Check(name, str(expected), str(measured), ok))
+    def add_checks(self, checks: Sequence[Check]) -> None:
+        """Add checks made elsewhere (noise, gradients); those of the same name are replaced."""
+        names = {check.name for check in checks}
+        self._extra = [c for c in self._extra if c.name not in names] + list(checks)
 
     def _observe(
         self,
@@ -150,15 +159,20 @@ class Audit:
         Args:
             model: the module that is trained (wrapped or not), to look for the layers inside it.
         """
-        for check in self.checks(model):
-            if not check.ok:
-                raise AuditError(
-                    f"audit: {check.name}: expected {check.expected}, measured {check.measured}"
-                )
+        raise_failed(self.checks(model))
 
-    def report(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """The content of ``audit.json``."""
+    def report(
+        self, model: nn.Module | None = None, phases: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """The content of ``audit.json``.
+
+        Args:
+            model: as in ``verify``.
+            phases: those that must have run and been observed in every layer.
+        """
         checks = self.checks(model)
+        if phases:
+            checks.append(self._check_observed(phases))
         return {
             "verdict": "pass" if all(c.ok for c in checks) else "fail",
             "checks": [asdict(c) for c in checks],
@@ -245,6 +259,23 @@ class Audit:
             "0 layers differ",
             f"{len(wrong)} of {observed} observations differ{detail}",
             not wrong,
+        )
+
+    def _check_observed(self, phases: Collection[str]) -> Check:
+        recipe = self._state.recipe
+        active = sorted(p for p in phases if recipe.active_in(p))
+        blind = [
+            f"{path} in {phase}"
+            for path, m in self._measured.items()
+            for phase in active
+            if phase not in m.operand_mismatches
+        ]
+        total = len(self._measured) * len(active)
+        return Check(
+            "every layer was observed in every phase",
+            f"{total} observations in {', '.join(active)}",
+            f"{total - len(blind)}" + (f", not {blind[0]}" if blind else ""),
+            not blind and total > 0,
         )
 
     def _check_phases(self) -> Check:

@@ -234,6 +234,12 @@ class AQN:
             return "the multipliers of all norms are 0 at this step"
         return ""
 
+    def due(self, step: int) -> bool:
+        """Whether schedule and multipliers ask for noise at ``step``."""
+        return (
+            self.schedule is not None and self.schedule.sigma(step) > 0.0 and self._multiplies(step)
+        )
+
     def _multiplier(self, norm: Norm, step: int) -> float:
         return self._multipliers.multiplier(norm.layer, step, self.total_steps)
 

@@ -68,10 +68,12 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint below ``folder``; damaged ones are named by ``warn``."""
     for path in reversed(_folders(folder)):
         if problem := _damage(path):
-            warn(f"{path} is damaged ({problem}); going back to the checkpoint before it")
+            warn(f"{path} is damaged ({problem}); looking for the checkpoint before it")
             continue
         counters = json.loads((path / COUNTERS).read_text())
         return Checkpoint(counters.pop("step"), load_file(path / STATE), counters)
+    if _folders(folder):
+        warn(f"no intact checkpoint in {folder}; starting at step 0")
     return None
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from npu_qat.tasks import accuracy_reward, soft_overlong_penalty
+from npu_qat.training.bad_module import first_bad_module
 from npu_qat.training.batches import Sample, collate, completion_logp, micro_batches
 from npu_qat.training.engine import TrainingError
 from npu_qat.training.rollout import Completion, SamplingParams, sample
@@ -140,7 +141,8 @@ class Dapo:
         metrics["rollout_seconds"] = rolled_out - started
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["rollout_seconds"]
         noisy = self.learner.noisy(step)
-        if noisy:
+        if noisy or not groups:
+            # A clean step with updates measures the gap on all its tokens instead.
             metrics |= self._noise_off_gap(step)
         if groups:
             metrics |= self._learn(step, groups, noisy=noisy)
@@ -150,7 +152,6 @@ class Dapo:
                 "all right or all wrong"
             )
         metrics["update_seconds"] = time.perf_counter() - rolled_out
-        self._gate(step, metrics)
         return metrics
 
     # --- rollout ----------------------------------------------------------------------------
@@ -200,6 +201,7 @@ class Dapo:
         prompt_ids = {index: learner.encode(problem) for index, problem in mine}
         completions = self._sample(
             model,
+            step,
             [prompt_ids[index] for index, _ in mine for _ in range(g)],
             [(self.config.run.seed, step, index, i) for index, _ in mine for i in range(g)],
         )
@@ -210,19 +212,35 @@ class Dapo:
         return sorted(learner.engine.gather_objects(groups), key=lambda group: group.index)
 
     def _sample(
-        self, model: Any, prompts: list[list[int]], keys: Sequence[tuple[int, ...]]
+        self,
+        model: Any,
+        step: int,
+        prompts: list[list[int]],
+        keys: Sequence[tuple[int, ...]],
     ) -> list[Completion]:
+        """Sample this rank's prompts; all ranks stop together if one of them meets NaN."""
         learner = self.learner
-        return sample(
-            model,
-            prompts,
-            keys,
-            self.params,
-            eos_ids=learner.eos_ids,
-            pad_id=learner.pad_id,
-            batch_size=self.config.rollout.batch_size,
-            stop=learner.check_stop,
-        )
+        completions: list[Completion] = []
+        failed = ""
+        try:
+            if prompts:
+                completions = sample(
+                    model,
+                    prompts,
+                    keys,
+                    self.params,
+                    eos_ids=learner.eos_ids,
+                    pad_id=learner.pad_id,
+                    batch_size=self.config.rollout.batch_size,
+                    stop=learner.check_stop,
+                )
+        except TrainingError as error:
+            probe = [Sample(prompt, [learner.pad_id]) for prompt in prompts[:8]]
+            module = first_bad_module(model, collate(probe, learner.pad_id, learner.engine.device))
+            failed = f"{error}; the first module with NaN or Inf in its output is {module}"
+        if learner.engine.max(float(bool(failed))) > 0:
+            raise TrainingError(f"step {step + 1}: {failed or 'another rank sampled NaN or Inf'}")
+        return completions
 
     def _reward(
         self, index: int, problem: Problem, prompt: list[int], completions: list[Completion]
@@ -336,7 +354,7 @@ class Dapo:
         keys = [(self.config.run.seed, step, i, GAP_STREAM) for i in range(len(prompts))]
         mine = slice(engine.rank, None, engine.world_size)
         with engine.for_generation() as model, learner.phase("rollout"):
-            completions = self._sample(model, prompts[mine], keys[mine]) if prompts[mine] else []
+            completions = self._sample(model, step, prompts[mine], keys[mine])
         local = [
             Sample(p, c.tokens, rollout_logp=c.logp)
             for p, c in zip(prompts[mine], completions, strict=True)
@@ -355,11 +373,13 @@ class Dapo:
             "logp_gap_off_max": engine.max(max(gaps, default=0.0)),
         }
 
-    def _gate(self, step: int, metrics: dict[str, Any]) -> None:
+    def check(self, done: int, metrics: dict[str, Any]) -> None:
+        """Raise ``TrainingError`` if rollout and training differ with noise off after step
+        ``done``."""
         gap, limit = metrics.get("logp_gap_off_mean"), self.config.dapo.logp_gap_limit
         if gap is not None and gap > limit:
             raise TrainingError(
-                f"step {step + 1}: with noise off, rollout and training differ by {gap:.4f} in "
+                f"step {done}: with noise off, rollout and training differ by {gap:.4f} in "
                 f"mean |log-probability| a token, above dapo.logp_gap_limit {limit:g}: they "
                 "compute different models. Look at quant.apply_during, or at the device's kernels"
             )

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from npu_qat.config import RunConfig, TrainConfig
 from npu_qat.layers import QuantizedModel
 from npu_qat.noise import AQN
 from npu_qat.tasks import Problem, Task
+from npu_qat.training.bad_module import first_bad_module
 from npu_qat.training.batches import Batch
 from npu_qat.training.checkpoint import Checkpoint, load_newest, save_checkpoint
 from npu_qat.training.dapo import Dapo, Group
@@ -108,6 +108,8 @@ class Learner:
             self.pad_id = self.eos_ids[0]
         self.method = Dapo(self) if config.train.method == "dapo" else Sft(self)
         self.updates = 0
+        # Steps made by this process; a resumed run that was finished makes none.
+        self.steps_made = 0
         self.noise_records: list[dict[str, Any]] = []
         self._order: dict[int, list[int]] = {}
 
@@ -147,8 +149,11 @@ class Learner:
                 self._load_counters(before)
                 self._stop(done)
             done += 1
+            self.steps_made += 1
             metrics = {"lr": lr, "seconds": time.time() - started, **metrics}
             self.rundir.append(METRICS, {"arm": self.arm, "step": done, "time": started, **metrics})
+            # After the record, which shows what stopped the run; before the checkpoint.
+            self.method.check(done, metrics)
             # Before the checkpoint: a resumed run does not come back to what follows a saved step.
             after_step(done, metrics)
             due = done % self.config.train.checkpoint_every == 0 or done == self.steps
@@ -253,8 +258,7 @@ class Learner:
 
     def noisy(self, step: int) -> bool:
         """Whether the step has noise in some phase."""
-        schedule = None if self.aqn is None else self.aqn.schedule
-        return schedule is not None and schedule.sigma(step) > 0.0
+        return self.aqn is not None and self.aqn.due(step)
 
     @contextmanager
     def noise(self, step: int, phase: str) -> Iterator[dict[str, Any]]:
@@ -268,7 +272,15 @@ class Learner:
                 "norms_changed": record.norms_changed,
                 "sigma_realized": record.sigma_realized,
             }
-            self.noise_records.append({"step": step + 1, "phase": phase, **metrics})
+            self.noise_records.append(
+                {
+                    "step": step + 1,
+                    "phase": phase,
+                    **metrics,
+                    "norms_expected": record.norms_expected,
+                    "inert": record.inert,
+                }
+            )
             yield metrics
 
     def optimizer_step(self, step: int) -> float:
@@ -317,35 +329,6 @@ class Learner:
 
 class _StopNow(Exception):
     """Raised inside a rollout; nothing has been updated in this step."""
-
-
-@torch.no_grad()
-def first_bad_module(model: nn.Module, batch: Batch) -> str:
-    """The first module, in order of execution, whose output holds NaN or Inf on ``batch``."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if floating and not found and not torch.isfinite(tensor).all():
-                found.append(name)
-
-        return hook
-
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "none (the logits are finite, the loss itself is not)"
 
 
 def _seed(*parts: int) -> int:

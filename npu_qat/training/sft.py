@@ -33,6 +33,9 @@ class Sft:
     def load_state(self, state: dict[str, Any]) -> None:
         self.cursor = state["cursor"]
 
+    def check(self, done: int, metrics: dict[str, Any]) -> None:
+        """Nothing to gate: there is no rollout to differ from."""
+
     def step(self, step: int) -> dict[str, Any]:
         """One update; returns its metrics. ``step`` counts from 0."""
         started = time.perf_counter()

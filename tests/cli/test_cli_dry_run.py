@@ -139,7 +139,7 @@ def test_targeted_noise_is_judged_where_it_is_strongest() -> None:
 
 
 def test_fine_tuning_has_no_generation_to_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = plan_of("demo", "train.method=sft", "train.steps=5")
+    plan = plan_of("demo", "train.method=sft", "train.steps=5", "noise.apply_during=training")
     assert plan.estimate is None
     out = printed(plan, capsys)
     assert "sequences an update" in out and "generation" not in out

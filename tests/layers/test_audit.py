@@ -10,6 +10,7 @@ from torch import nn
 
 from npu_qat.config import LoraSection, Recipe
 from npu_qat.layers import AuditError, QuantizedModel, add_lora, prepare_model
+from npu_qat.layers.audit import Check
 from npu_qat.layers.quant_linear import QuantState
 from tests.layers.oracle import mxfp4
 from tests.training.tiny import tiny_model
@@ -221,9 +222,9 @@ def test_a_phase_that_quantises_against_the_recipe_is_found(
 def test_checks_made_elsewhere_count_and_replace_their_namesakes() -> None:
     model, handle = prepared()
     run(model, handle)
-    handle.audit.add_check("noise", 3, 0, ok=False)
+    handle.audit.add_checks([Check("noise", "3", "0", ok=False)])
     refuses(handle, model, "noise: expected 3, measured 0")
-    handle.audit.add_check("noise", 3, 3, ok=True)
+    handle.audit.add_checks([Check("noise", "3", "3", ok=True)])
     handle.audit.verify(model)
     assert sum(c.name == "noise" for c in handle.audit.checks()) == 1
 

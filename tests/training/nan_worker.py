@@ -1,6 +1,6 @@
 """Two ranks, one of which computes NaN: both must end, and say where it came from.
 
-Usage: torchrun ... nan_worker.py STAGE FOLDER; prints "RANK: message".
+Usage: torchrun ... nan_worker.py FOLDER STAGE ...; prints "RANK STAGE: message".
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from npu_qat.training.engine import TrainingError, launch_environment, shut_down
 from tests.training.learning import make_learner, run_config
 
 
-def main() -> None:
-    stage, folder = int(sys.argv[1]), Path(sys.argv[2])
-    launch_environment(torch.device("cpu"))
-    rank, _ = world()
+def run_case(stage: int, rank: int, folder: Path) -> str:
+    """The message with which the second step ends."""
     config = run_config(train={"method": "sft"}, deepspeed={"zero_stage": stage})
-    learner = make_learner(folder / str(rank), config)
+    learner = make_learner(folder / f"{rank}-{stage}", config)
     learner.method.step(0)
     if rank == 1:
         norm = learner.engine.model.base_model.model.model.layers[1].input_layernorm
@@ -27,7 +25,15 @@ def main() -> None:
     try:
         learner.method.step(1)
     except TrainingError as error:
-        print(f"{rank}: {error}", flush=True)
+        return str(error)
+    return "no error"
+
+
+def main() -> None:
+    launch_environment(torch.device("cpu"))
+    rank, _ = world()
+    for stage in sys.argv[2:]:
+        print(f"{rank} {stage}: {run_case(int(stage), rank, Path(sys.argv[1]))}", flush=True)
     shut_down()
 
 

@@ -114,7 +114,7 @@ def test_all_damaged_is_none_and_says_so(tmp_path: Path) -> None:
         cut(tmp_path / f"step-{step:06d}" / module.STATE)
     said: list[str] = []
     assert load_newest(tmp_path, said.append) is None
-    assert len(said) == 2
+    assert len(said) == 3 and "starting at step 0" in said[-1]
 
 
 def test_a_damaged_later_checkpoint_never_displaces_a_good_one(tmp_path: Path) -> None:

@@ -431,7 +431,12 @@ class StopAfter:
 def test_a_resumed_run_gives_the_same_numbers(method: str, tmp_path: Path) -> None:
     config = run_config(
         train={"method": method, "steps": 5, "checkpoint_every": 2, "keep_checkpoints": 2},
-        noise={**NOISE, "num_stages": 5},
+        noise={
+            **NOISE,
+            "num_stages": 5,
+            "apply_during": "rollout" if method == "dapo" else "training",
+        },
+        lora={"r": 4, "alpha": 8, "dropout": 0.1},  # its random numbers resume, too
     )
     whole = make_learner(tmp_path / "whole", config)
     whole.run(resume=False)
