@@ -1,12 +1,12 @@
-"""The command line: ``npu-qat train | evaluate | config | doctor``, one file a command.
+"""The command line: ``npu-qat train``, ``evaluate``, ``export`` and so on, one file a command.
 
 Each file has ``add_parser`` (what the command takes) and ``run`` (what it does, as an exit code).
 Parsers are built without importing torch, pydantic or rich, so that ``--help`` answers at once;
 ``run`` imports what it needs.
 
-Exit codes: 0 done; 1 ``doctor`` found something missing; 2 a mistake or a failure, explained in
-one ``error:`` line; 130 stopped by Ctrl-C. The environment variable ``NPU_QAT_DEBUG=1`` shows the
-traceback instead of the line alone.
+Exit codes: 0 done; 1 ``doctor`` found something missing, or ``validate`` something wrong; 2 a
+mistake or a failure, explained in one ``error:`` line; 130 stopped by Ctrl-C. The environment
+variable ``NPU_QAT_DEBUG=1`` shows the traceback instead of the line alone.
 
 Under ``torchrun -m npu_qat ...`` and ``deepspeed --module npu_qat ...`` every process runs this
 same code and only rank 0 prints.
@@ -21,10 +21,10 @@ import sys
 from collections.abc import Sequence
 
 from npu_qat.__about__ import __version__
-from npu_qat.cli import config, doctor, evaluate, train
+from npu_qat.cli import config, doctor, evaluate, export, train, validate
 from npu_qat.cli.terminal import INTERRUPTED, report_error, report_line
 
-COMMANDS = (train, evaluate, config, doctor)
+COMMANDS = (train, evaluate, export, validate, config, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,153 @@
+"""An adapter stays with its base, or is merged with a report that means what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from npu_qat.config import Recipe
+from npu_qat.deploy import (
+    AdapterMismatch,
+    AscendWriter,
+    CompressedTensorsWriter,
+    check_adapter,
+    open_export,
+    read_adapter,
+)
+from npu_qat.deploy.adapter import BINDING
+from npu_qat.deploy.export import export
+from npu_qat.numerics import fake_quant
+from tests.deploy.models import core_of, save, save_adapter, tiny
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_an_adapter_travels_with_its_base_and_is_taken_by_it(tmp_path: Path) -> None:
+    source, adapter = save(tmp_path / "source"), save_adapter(tmp_path / "adapter")
+    exported = export(
+        core_of(source), AscendWriter(), tmp_path / "served", adapter=read_adapter(adapter)
+    )
+    beside = exported.folder / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (beside / name).read_bytes() == (adapter / name).read_bytes()
+    assert json.loads((beside / BINDING).read_text()) == {"base_fingerprint": exported.fingerprint}
+    assert exported.record["adapter"] == "beside"
+    check_adapter(exported.folder, beside)
+    # The twin is the same base in another format.
+    twin = export(core_of(source), CompressedTensorsWriter(), tmp_path / "twin")
+    check_adapter(twin.folder, beside)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seed"), [(Recipe(weight_profile="ascend950-mse"), 0), (Recipe(), 1)]
+)
+def test_an_adapter_is_refused_on_another_base(tmp_path: Path, recipe: Recipe, seed: int) -> None:
+    adapter = read_adapter(save_adapter(tmp_path / "adapter"))
+    one = export(
+        core_of(save(tmp_path / "one")), AscendWriter(), tmp_path / "served", adapter=adapter
+    )
+    other = core_of(save(tmp_path / "two", seed=seed), recipe)
+    export(other, AscendWriter(), tmp_path / "other")
+    with pytest.raises(AdapterMismatch, match="was trained on another base"):
+        check_adapter(tmp_path / "other", one.folder / "adapter")
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
+    exported = export(core_of(save(tmp_path / "source")), AscendWriter(), tmp_path / "served")
+    with pytest.raises(AdapterMismatch, match="does not say which base"):
+        check_adapter(exported.folder, save_adapter(tmp_path / "adapter"))
+
+
+def test_the_update_is_the_one_that_peft_merges(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    adapter = read_adapter(folder)
+    model = tiny().float()
+    before = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in adapter.a}
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    assert len(before) == 14
+    for path, weight in before.items():
+        delta = merged.get_submodule(path).weight.detach() - weight
+        torch.testing.assert_close(adapter.delta(path), delta, atol=1e-6, rtol=1e-4)
+
+
+def test_merging_quantises_the_sum_and_reports_what_survives(tmp_path: Path) -> None:
+    source, folder = save(tmp_path / "source"), save_adapter(tmp_path / "adapter", size=0.05)
+    adapter = read_adapter(folder)
+    core = core_of(source, merge=adapter)
+    exported = export(core, AscendWriter(), tmp_path / "served")
+    weight = load_file(source / "model.safetensors")[f"{UP}.weight"]
+    delta = adapter.delta(UP)
+    before = fake_quant(weight, "ascend950").float()
+    after = fake_quant((weight.float() + delta).to(weight.dtype), "ascend950").float()
+    served: Any = open_export(exported.folder).read(f"{UP}.weight")
+    from npu_qat.numerics import dequantize
+
+    assert torch.equal(dequantize(served), after)
+    effect = (after - before).double()
+    kept = float((effect * delta).sum() / (delta.double() ** 2).sum())
+    noise = float((effect - kept * delta.double()).norm() / delta.double().norm())
+    found = exported.survival[UP]
+    assert found.kept == pytest.approx(kept, rel=1e-6)
+    assert found.noise == pytest.approx(noise, rel=1e-6)
+    assert found.size == pytest.approx(float(delta.norm() / weight.float().norm()), rel=1e-4)
+    assert 0.8 < found.kept < 1.2 and found.noise > 0.5
+    report = exported.record["merged_adapter_survival"]
+    assert set(report["linears"]) == set(adapter.a)
+    assert exported.record["adapter"] == "merged" and not (exported.folder / "adapter").exists()
+
+
+def test_a_merged_base_is_another_base(tmp_path: Path) -> None:
+    source = save(tmp_path / "source")
+    adapter = read_adapter(save_adapter(tmp_path / "adapter"))
+    kept = export(core_of(source), AscendWriter(), tmp_path / "kept", adapter=adapter)
+    export(core_of(source, merge=adapter), AscendWriter(), tmp_path / "merged")
+    with pytest.raises(AdapterMismatch):
+        check_adapter(tmp_path / "merged", kept.folder / "adapter")
+
+
+def test_an_adapter_that_saw_quantised_inputs_is_refused(tmp_path: Path) -> None:
+    core = core_of(save(tmp_path / "source"), Recipe(lora_input="quantised"))
+    adapter = read_adapter(save_adapter(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="fed the adapter 4-bit inputs in training"):
+        export(core, AscendWriter(), tmp_path / "served", adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "of type IA3"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all"}, "uses bias"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank or alpha patterns"),
+    ],
+)
+def test_adapters_that_are_no_plain_lora_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_an_incomplete_or_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"base_model.model.{UP}.lora_B.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(ValueError, match=f"one matrix of the pair of {UP}"):
+        read_adapter(folder)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        read_adapter(folder)
+    with pytest.raises(ValueError, match="holds no readable adapter"):
+        read_adapter(tmp_path)
