@@ -10,6 +10,7 @@ from typing import Any
 ARMS = ["bf16_start", "w4a4_ptq", "bf16_lora", "bf16_lora_served_w4a4", "w4a4_trained"]
 FILES = ["config.yaml", "environment.json", "metrics.jsonl", "audit.json", "summary.json"]
 MIN_PROBLEMS = 1000
+MAX_SECONDS = 480
 
 
 def problems_of(run: Path) -> list[str]:
@@ -19,6 +20,10 @@ def problems_of(run: Path) -> list[str]:
         return found
     if json.loads((run / "audit.json").read_text())["verdict"] != "pass":
         found.append("the audit did not pass")
+    seconds = json.loads((run / "summary.json").read_text())["seconds"]
+    print(f"{seconds:.0f} s")
+    if seconds > MAX_SECONDS:
+        found.append(f"the run took {seconds:.0f} s, above {MAX_SECONDS} s")
     results = json.loads((run / "evaluations.json").read_text())
     for arm in ARMS:
         result = results["arms"].get(arm)

@@ -66,7 +66,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SELECTION_SEED = 1
-"""Problems that decide when to stop and what to report; the demo itself is tested on seed 0's."""
+"""Problems that decide when to stop and what to report; the demo is tested on another seed's."""
 
 
 MEASURING_FLAGS = [
@@ -624,7 +624,7 @@ questions. `training_log.jsonl` has the curve, `pretraining.json` every number o
 ## Accuracy
 
 Greedy, strict `#### N` form, percent with 95 % Wilson interval, held-out problems (test split, seed
-{SELECTION_SEED}; the demo tests on seed 0's). "All" is levels {demo_levels} in equal parts.
+{SELECTION_SEED}; the demo tests on another's). "All" is levels {demo_levels} in equal parts.
 Quantised: profile `{PROFILE}`, every linear of the decoder layers, not the tied embedding and head.
 
 | | all | {header} |

@@ -32,7 +32,7 @@ def good(check_demo: ModuleType) -> dict[str, Any]:
         "config.yaml": {},
         "environment.json": {},
         "metrics.jsonl": {},
-        "summary.json": {},
+        "summary.json": {"seconds": 300.0},
         "report.html": {},
         "audit.json": {"verdict": "pass"},
         "evaluations.json": {
@@ -74,6 +74,10 @@ def break_size(files: dict[str, Any]) -> None:
     files["evaluations.json"]["arms"]["w4a4_trained"]["n"] = 999
 
 
+def break_time(files: dict[str, Any]) -> None:
+    files["summary.json"]["seconds"] = 481.0
+
+
 def break_audit(files: dict[str, Any]) -> None:
     files["audit.json"]["verdict"] = "fail"
 
@@ -84,7 +88,7 @@ def break_report(files: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [break_gain, break_comparisons, break_arm, break_size, break_audit, break_report],
+    [break_gain, break_comparisons, break_arm, break_size, break_time, break_audit, break_report],
 )
 def test_a_run_that_proves_nothing_fails(
     check_demo: ModuleType,
