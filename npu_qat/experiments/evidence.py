@@ -66,10 +66,13 @@ def _gradient_check(learner: Learner) -> Check:
         # The failure that use_ste: false reproduces, of every layer but what o and down leak.
         expected = [n for n in first if any(f".{kind}." in n for kind in BEHIND_A_QUANTISER)]
         leaked = [n for n in expected if first[n] > 0.0]
+        beside = max((g for n, g in first.items() if n not in expected), default=0.0)
         return Check(
             "without the straight-through estimator q, k, v, gate and up get no gradient",
             f"{len(expected)} adapters exactly zero",
-            f"{len(expected) - len(leaked)} are" + (f", not {leaked[0]}" if leaked else ""),
+            f"{len(expected) - len(leaked)} are"
+            + (f", not {leaked[0]}" if leaked else "")
+            + f"; o and down leak up to {beside:.2g} past it",
             bool(expected) and not leaked,
         )
     return Check(

@@ -143,7 +143,8 @@ def _read_lines(run: RunData, name: str) -> list[Record]:
     if not path.exists():
         return []
     records, unreadable = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines(): completions may hold U+2028, which JSON leaves as it is.
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             record = json.loads(line)
         except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -369,3 +370,13 @@ def test_an_older_report_is_replaced(tmp_path: Path) -> None:
     write_report(tmp_path)
     assert "old" not in (tmp_path / "report.html").read_text(encoding="utf-8")[:10]
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_line_separator_inside_a_completion_breaks_no_record(tmp_path: Path) -> None:
+    sample = {"arm": "w4a4", "step": 1, "completion": "a\u2028b"}
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps(sample, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    run = read_run(tmp_path)
+    assert run.samples == [sample]
+    assert not any("samples.jsonl" in str(problem) for problem in run.missing)
