@@ -16,8 +16,6 @@ from npu_qat.config import RunConfig
 
 # The arm that trains without quantisation, as a baseline.
 _BASELINE = "bf16_lora"
-# As many prompts as a run calibrates with.
-_CALIBRATION_PROMPTS = 32
 
 
 def trained_adapter(run_dir: Path) -> Path:
@@ -54,6 +52,7 @@ def calibrated_inputs(config: RunConfig) -> dict[str, torch.Tensor]:
     from npu_qat.backends import select
     from npu_qat.layers import prepare_model
     from npu_qat.layers.base_model import load_base
+    from npu_qat.layers.calibration import CALIBRATION_PROMPTS, calibrate_on_prompts
     from npu_qat.tasks import load_task
 
     selection = select(config.run.device)
@@ -61,18 +60,8 @@ def calibrated_inputs(config: RunConfig) -> dict[str, torch.Tensor]:
     handle = prepare_model(model, config.quant, selection.backend)
     task = load_task(config.task)
 
-    def run(prepared: torch.nn.Module) -> None:
-        for problem in task.train[:_CALIBRATION_PROMPTS]:
-            ids = tokenizer.apply_chat_template(
-                task.messages(problem),
-                add_generation_prompt=True,
-                return_dict=False,
-                return_tensors="pt",
-            )
-            prepared(input_ids=ids.to(selection.device))
-
-    if handle.needs_calibration:
-        handle.calibrate(run)
+    prompts = [task.messages(problem) for problem in task.train[:CALIBRATION_PROMPTS]]
+    calibrate_on_prompts(handle, tokenizer, prompts)
     return {
         path: layer.input_tensor_scale.detach().cpu().clone()
         for path, layer in handle.layers.items()

@@ -14,6 +14,7 @@ reads is the model that was exported.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def validate(folder: Path, *, tensor_parallel: int = 1) -> list[Finding]:
     return findings
 
 
-class _Examination:
+class _Examination(ABC):
     """One folder in one format. Subclasses say what is stored for a linear."""
 
     def __init__(
@@ -173,25 +174,25 @@ class _Examination:
 
     consequence = "the loader computes with whatever lies in memory there"
 
+    @abstractmethod
     def signature(self) -> Iterable[Finding]:
         """Problems of the description or configuration as a whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kind_of(self, path: str) -> str:
         """The type that the signature gives to linear ``path``."""
-        raise NotImplementedError
 
     def quantized(self, path: str) -> bool:
         """Whether linear ``path`` is to be treated as quantised."""
         return self.kind_of(path) != FLOAT
 
+    @abstractmethod
     def stored_for(self, path: str) -> dict[str, Expected]:
         """The tensors of quantised linear ``path``, without its bias unless that is special."""
-        raise NotImplementedError
 
+    @abstractmethod
     def disagreement(self, path: str) -> Iterable[Finding]:
         """Signature and stored weight of ``path`` that contradict each other."""
-        raise NotImplementedError
 
     k_multiple: int
     k_reason: str

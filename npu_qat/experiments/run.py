@@ -34,7 +34,8 @@ from npu_qat.experiments.stopping import stop_requests
 from npu_qat.experiments.tensorboard import TensorBoard
 from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
 from npu_qat.layers.audit import Check, raise_failed
-from npu_qat.layers.base_model import DTYPES, load_base, stop_ids
+from npu_qat.layers.base_model import DTYPES, load_base, prompt_ids, stop_ids
+from npu_qat.layers.calibration import CALIBRATION_PROMPTS, calibrate_on_prompts
 from npu_qat.noise import AQN
 from npu_qat.reporting import write_report
 from npu_qat.tasks import Problem, Task, load_task
@@ -51,8 +52,6 @@ MAY_CHANGE = {
     "train": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
     "deepspeed": {"zero_stage", "overrides"},
 }
-# Prompts that calibrate static activation scales (NVFP4).
-CALIBRATION_PROMPTS = 32
 # Room for logs, samples, plots and report beside the checkpoints.
 BYTES_BESIDE_CHECKPOINTS = 64 * 2**20
 
@@ -179,7 +178,8 @@ class _Run:
         wanted = config.evaluation.problems or len(self.task.test)
         if wanted > len(self.task.test):
             raise ValueError(
-                f"evaluation.problems is {wanted}, but the test split has {len(self.task.test)}"
+                f"evaluation.problems is {wanted}, but the test split has {len(self.task.test)}; "
+                "lower it, or leave it out to use all"
             )
         self.problems: Sequence[Problem] = self.task.test[:wanted]
         self.mode = _mode(config)
@@ -200,11 +200,11 @@ class _Run:
             self._evaluate_start("bf16_start", quantized=False)
         if "ptq" in config.evaluation.baselines and self.mode != "w16a16":
             self._evaluate_start(f"{self.mode}_ptq", quantized=True)
-        verdict = self._train(_Arm(self.mode, quantized=True, noise=True), f"{self.mode}_trained")
+        self._train(_Arm(self.mode, quantized=True, noise=True), f"{self.mode}_trained")
         if "bf16_lora" in config.evaluation.baselines and self.mode != "w16a16":
             self._train(_Arm("bf16_lora", quantized=False, noise=False), "bf16_lora")
             self._serve_adapter("bf16_lora", f"bf16_lora_served_{self.mode}")
-        return self._summarize(time.time() - started, verdict)
+        return self._summarize(time.time() - started)
 
     # --- models -----------------------------------------------------------------------------
 
@@ -216,9 +216,8 @@ class _Run:
                 parameter.requires_grad_(False)
             return model, tokenizer, None
         handle = prepare_model(model, self.config.quant, self.selection.backend)
-        if handle.needs_calibration:
-            prompts = [self.task.messages(p) for p in self.task.train[:CALIBRATION_PROMPTS]]
-            handle.calibrate(lambda m: _run_prompts(m, tokenizer, prompts))
+        prompts = [self.task.messages(p) for p in self.task.train[:CALIBRATION_PROMPTS]]
+        calibrate_on_prompts(handle, tokenizer, prompts)
         return model, tokenizer, handle
 
     # --- evaluation -------------------------------------------------------------------------
@@ -277,7 +276,7 @@ class _Run:
             model,
             handle,
             problems[rank::world_size],
-            encode=lambda problem: _encode(tokenizer, self.task, problem),
+            encode=lambda problem: prompt_ids(tokenizer, self.task.messages(problem)),
             decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
             eos_ids=eos,
             pad_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -337,12 +336,11 @@ class _Run:
     def _adapter(self, arm: str) -> Path:
         return self.rundir.path / "adapters" / arm
 
-    def _train(self, arm: _Arm, evaluation: str) -> str | None:
-        """Train an arm and evaluate it; returns the audit's verdict for a quantised one."""
+    def _train(self, arm: _Arm, evaluation: str) -> None:
+        """Train an arm and evaluate it; what is there already was audited before it was written."""
         if self._outcomes(evaluation) is not None:
             self.names.append(evaluation)
-            # An evaluation is written only if the audit passed.
-            return "pass"
+            return
         started = time.time()
         model, tokenizer, handle = self._load(quantized=arm.quantized)
         adapted = add_lora(model, self.config.lora, self.config.run.seed)
@@ -387,7 +385,6 @@ class _Run:
                 evaluation, whole, tokenizer, handle, lambda: self._audit(learner, whole)
             )
         _forget(model)
-        return "pass"
 
     def _noise(self, model: Any) -> AQN:
         per_epoch = max(self.steps // self.config.train.epochs, 1)
@@ -488,16 +485,17 @@ class _Run:
         ]
         return {"confidence": confidence, "arms": arms, "comparisons": comparisons}
 
-    def _summarize(self, seconds: float, verdict: str | None) -> dict[str, Any]:
+    def _summarize(self, seconds: float) -> dict[str, Any]:
         evaluations = self.evaluations()
         self.rundir.write_json("evaluations.json", evaluations)
+        audit = self.rundir.read_json("audit.json")
         summary = {
             **evaluations,
             "mode": self.mode,
             "steps": self.steps,
             "seconds": seconds,
             "stages": self.seconds,
-            "audit": verdict,
+            "audit": audit["verdict"] if audit else None,
         }
         self.rundir.write_json("summary.json", summary)
         if self.rundir.writer:
@@ -512,22 +510,6 @@ def _mode(config: RunConfig) -> str:
     weight = 4 if recipe.quantizes_weight else 16
     activation = 4 if recipe.quantizes_input or recipe.quantizes_output else 16
     return f"w{weight}a{activation}"
-
-
-def _encode(tokenizer: Any, task: Task, problem: Problem) -> list[int]:
-    ids = tokenizer.apply_chat_template(
-        task.messages(problem), add_generation_prompt=True, return_dict=False
-    )
-    return list(ids)
-
-
-def _run_prompts(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> None:
-    device = next(model.parameters()).device
-    for messages in prompts:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, return_tensors="pt"
-        )
-        model(input_ids=ids.to(device))
 
 
 def _estimate(outcomes: list[bool], confidence: float) -> dict[str, float]:

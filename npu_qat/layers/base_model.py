@@ -58,6 +58,12 @@ def _hide_progress_bars() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat prompt that asks for the assistant's answer."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return list(ids)
+
+
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: the generation config's and the tokenizer's.
 

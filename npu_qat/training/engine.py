@@ -7,7 +7,7 @@ What this engine decides, and DeepSpeed does not:
   optimiser's parameters are the master weights, the same at every ZeRO stage.
 * **Accumulation.** An update takes any number of micro-batches. The engine marks the last one; the
   loss of each is scaled by the caller so that their sum over micro-batches and ranks is the loss
-  of the update (``loss_scale`` below undoes DeepSpeed's average over ranks).
+  of the update; a factor of the world size undoes DeepSpeed's average over ranks.
 * **Launch.** One plain process needs no launcher, no MPI and no compiler: the rendezvous variables
   are filled in, and the CPU communication kernel that DeepSpeed would compile is left out (gloo
   does the work).
@@ -141,8 +141,7 @@ class Engine:
         import deepspeed
 
         self.loss_scale = train.loss_scale or (FP16_LOSS_SCALE if fp16 else 1.0)
-        self.train_config, self.zero_stage = train, section.zero_stage
-        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.zero_stage = section.zero_stage
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("the model has no trainable parameter; add adapters first")
@@ -272,12 +271,12 @@ class Engine:
         mine = [n for n, bad in zip(names, torch.stack(flags).tolist(), strict=True) if bad]
         if self.sum(float(bool(mine))) > 0:
             where = mine[0] if mine else "a parameter on another rank"
-            hint = (
-                ""
-                if self.loss_scale == 1.0
-                else f" (train.loss_scale {self.loss_scale:g}: lower it)"
+            cure = "lower train.lr"
+            if self.loss_scale != 1.0:
+                cure += f" or train.loss_scale ({self.loss_scale:g})"
+            raise TrainingError(
+                f"the gradient of {where} is NaN or Inf; no update was made; {cure} and resume"
             )
-            raise TrainingError(f"the gradient of {where} is NaN or Inf; no update was made{hint}")
 
     # --- generation -------------------------------------------------------------------------
 
@@ -391,7 +390,7 @@ class Engine:
         if difference := sorted(expected ^ set(state)):
             raise ValueError(
                 f"the checkpoint does not fit this model: {len(difference)} differing entries, "
-                f"the first is {difference[0]}"
+                f"the first is {difference[0]}. Resume with the lora section it was trained with"
             )
         for name, parameter in self.trainable.items():
             moments = {k: state[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
@@ -458,7 +457,10 @@ class Engine:
 
 def _check_norm(norm: float) -> None:
     if not math.isfinite(norm):
-        raise TrainingError(f"the norm of the gradient is {norm}; the last checkpoint is intact")
+        raise TrainingError(
+            f"the norm of the gradient is {norm}; lower train.lr and resume from the last "
+            "checkpoint, which is intact"
+        )
 
 
 def _config(train: TrainConfig, section: DeepSpeedSection) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 
 from npu_qat.config import RunConfig, TrainConfig
 from npu_qat.layers import QuantizedModel
+from npu_qat.layers.base_model import prompt_ids
 from npu_qat.noise import AQN
 from npu_qat.tasks import Problem, Task
 from npu_qat.training.bad_module import first_bad_module
@@ -233,15 +234,13 @@ class Learner:
 
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of the chat prompt that asks ``problem``."""
-        ids = self.tokenizer.apply_chat_template(
-            self.task.messages(problem), add_generation_prompt=True, return_dict=False
-        )
+        ids = prompt_ids(self.tokenizer, self.task.messages(problem))
         if len(ids) > self.config.rollout.max_prompt_tokens:
             raise ValueError(
                 f"problem {problem.id} has a prompt of {len(ids)} tokens, above "
-                f"rollout.max_prompt_tokens {self.config.rollout.max_prompt_tokens}"
+                f"rollout.max_prompt_tokens {self.config.rollout.max_prompt_tokens}; raise that"
             )
-        return list(ids)
+        return ids
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an assistant's answer, with the token that ends it."""

@@ -144,7 +144,9 @@ def test_a_loss_scale_changes_nothing_but_the_range_of_gradients() -> None:
     assert scaled.first_gradients == plain.first_gradients
     a, b = plain.state(), scaled.state()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    with pytest.raises(TrainingError, match=r"gradient of a is .*train.loss_scale 1024: lower it"):
+    with pytest.raises(
+        TrainingError, match=r"gradient of a is .*lower .*train.loss_scale \(1024\)"
+    ):
         update(scaled, [1e38, 0.0, 0.0])
 
 
