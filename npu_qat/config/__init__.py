@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from npu_qat.config.schema import (
         DapoConfig,
         DeepSpeedSection,
+        DistillSection,
         EvaluationConfig,
         LayerSigma,
         LoraSection,
@@ -37,6 +38,7 @@ _HOME = {
     "ConfigError": "errors",
     "DapoConfig": "schema",
     "DeepSpeedSection": "schema",
+    "DistillSection": "schema",
     "EvaluationConfig": "schema",
     "LayerSigma": "schema",
     "Loaded": "load",
@@ -64,6 +66,7 @@ __all__ = [
     "ConfigError",
     "DapoConfig",
     "DeepSpeedSection",
+    "DistillSection",
     "EvaluationConfig",
     "LayerSigma",
     "Loaded",

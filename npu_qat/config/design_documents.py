@@ -298,6 +298,13 @@ def _injection_point(r: _Reader, point: str | None) -> None:
             "the earlier program quantised the input of the LoRA wrapper, "
             "so lora_input is quantised; quant.lora_input: full is what serving does",
         )
+    if point in ("output", "weight_output"):
+        r.imply("quant.lora_output", "quantised", "injection_point")
+        r.note(
+            "injection_point",
+            "the earlier program quantised the output of the LoRA wrapper, so lora_output is "
+            "quantised; quant.lora_output: full leaves the adapter's part in 16 bits",
+        )
 
 
 def _target_modules(r: _Reader, targets: list[str] | None) -> None:

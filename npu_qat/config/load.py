@@ -72,8 +72,10 @@ def load_run(
     tree = _Tree()
     name = "default"
     if preset is not None:
-        tree.add(_read(preset_path(preset), f"preset {preset}"), ())
-        name = preset
+        name = preset_path(preset).stem
+        for document in _preset_layers(name):
+            tree.add(document, ())
+        tree.notes += _namesakes(name)
     if source is not None:
         file = FilePath(source)
         tree.add(_read(file, str(source)), overrides)
@@ -93,10 +95,24 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> FilePath:
-    """The file of preset ``name``. Raises :class:`ConfigError` if there is none."""
+    """The file of preset ``name``, which may be the bare id of a run, such as ``E6a``.
+
+    Raises :class:`ConfigError` if there is none, or if several runs have this id.
+    """
     names = preset_names()
     if name in names:
         return PRESET_FOLDER / f"{name}.yaml"
+    wanted = name.lower()
+    runs = [n for n in names if f"log-{wanted}" == n or f"plan-{wanted}" == n]
+    if len(wanted.split("-")) == 1:
+        runs = [n for n in names if _run_id(n) == wanted]
+    if len(runs) == 1:
+        return PRESET_FOLDER / f"{runs[0]}.yaml"
+    if runs:
+        listed = "".join(f"\n  {run}: {preset_summary(run)}" for run in runs)
+        raise ConfigError(
+            [f"the id {name!r} names {len(runs)} different runs; choose one:{listed}"]
+        )
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError([f"there is no preset {name!r}; {hint}Presets: {', '.join(names)}"])
@@ -106,6 +122,35 @@ def preset_summary(name: str) -> str:
     """The first sentence of a preset's header."""
     lines = preset_path(name).read_text(encoding="utf-8").splitlines()
     return lines[0].lstrip("# ").strip()
+
+
+def _run_id(preset: str) -> str:
+    """The documents' id of a run: ``e13a`` of ``plan-e13a`` and of ``log-e13a-mxfp4``."""
+    parts = preset.split("-")
+    return parts[1] if parts[0] in ("plan", "log") else preset
+
+
+def _preset_layers(name: str) -> list[Document]:
+    """The preset and what it ``extends``, the furthest first.
+
+    Only presets have this key: a run's file goes over a preset by ``--preset``.
+    """
+    layers: list[Document] = []
+    following: str | None = name
+    while following is not None:
+        document = _read(PRESET_FOLDER / f"{following}.yaml", f"preset {following}")
+        data = dict(document.data)
+        following = data.pop("extends", None)
+        layers.insert(0, Document(document.name, data, document.lines))
+    return layers
+
+
+def _namesakes(preset: str) -> list[str]:
+    """A note if ``preset`` is a bare id that other runs have, too."""
+    others = [n for n in preset_names() if n != preset and _run_id(n) == preset]
+    if not others:
+        return []
+    return [f"preset {preset} is {preset_summary(preset)} Also with this id: {', '.join(others)}"]
 
 
 class _Tree:

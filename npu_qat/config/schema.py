@@ -49,6 +49,11 @@ class RunSection(Section):
     device: Literal["auto", "npu", "cuda", "cpu"] = Field(
         "auto", description="auto takes the first of npu, cuda, cpu that works and says which."
     )
+    backend: Literal["auto", "reference", "cpu", "cuda", "npu", "ascendc"] = Field(
+        "auto",
+        description="Who computes the 4-bit numbers: auto takes the device's fastest that works "
+        "and says which; reference is plain PyTorch. The numbers are the same.",
+    )
     seed: NonNegative = Field(0, description="Seed of sampling, LoRA initialisation and noise.")
     resume: Literal["no", "auto"] = Field(
         "no",
@@ -114,6 +119,12 @@ class Recipe(Section):
         description="Weight blocks along 'in' (row: the contraction axis, what hardware needs) "
         "or along 'out' (column: reproduces an earlier experiment; cannot be deployed).",
     )
+    rotation: Literal["none", "hadamard32"] = Field(
+        "none",
+        description="hadamard32: rotate each block of 32 input channels (and the weight, before it "
+        "is quantised) by a Hadamard matrix, which spreads outliers. Stock vllm-ascend does not "
+        "rotate inputs, so such a model cannot be exported.",
+    )
     use_ste: bool = Field(
         True,
         description="Straight-through estimator for quantised inputs and outputs. False lets the "
@@ -124,6 +135,11 @@ class Recipe(Section):
         description="What LoRA sees: the 16-bit x, as the serving stack does, or Q(x), as the "
         "earlier code did.",
     )
+    lora_output: Literal["full", "quantised"] = Field(
+        "full",
+        description="What leaves an adapted linear: the sum of base and adapter in 16 bits, or Q "
+        "of it, as the earlier code's hook behind the LoRA wrapper made it.",
+    )
     apply_during: Literal["both", "training", "rollout"] = Field(
         "both",
         description="Phases in which the quantisers act. Evaluation always quantises.",
@@ -132,6 +148,12 @@ class Recipe(Section):
         "image",
         description="Frozen weights as their exact 16-bit image (fast) or as 4-bit codes and "
         "scales (4.25 bits a weight for MXFP4). Same values either way.",
+    )
+    matmul: Literal["auto", "fused", "emulated"] = Field(
+        "auto",
+        description="fused: the device multiplies the 4-bit codes, as it does when it serves "
+        "(Ascend 950). emulated: a 16-bit matmul on the values that they stand for. auto: fused "
+        "where device and recipe allow it; the audit records which, and why.",
     )
     exclude: tuple[PathPattern, ...] = Field(
         ("lm_head",),
@@ -174,12 +196,30 @@ class Recipe(Section):
                 f"activation_profile {self.activation_profile!r} is defined for weights only; "
                 "use the profile that serves the activations, e.g. 'ascend950'"
             )
+        if self.rotates and self.lora_input == "quantised":
+            raise ValueError(
+                "lora_input: quantised would hand LoRA the rotated channels; with "
+                f"rotation: {self.rotation} use lora_input: full"
+            )
+        if self.rotates and self.block_axis != "row":
+            raise ValueError(
+                f"rotation: {self.rotation} mixes channels along the rows; set block_axis: row"
+            )
         if self.lora_input == "quantised" and not self.quantizes_input:
             raise ValueError(
                 "lora_input: quantised needs a quantised input (injection_point input or both), "
                 f"but injection_point is {self.injection_point!r}"
             )
+        if self.lora_output == "quantised" and not self.quantizes_output:
+            raise ValueError(
+                "lora_output: quantised needs a quantised output (injection_point output or "
+                f"weight_output), but injection_point is {self.injection_point!r}"
+            )
         return self
+
+    @property
+    def rotates(self) -> bool:
+        return self.rotation != "none"
 
     @property
     def quantizes_weight(self) -> bool:
@@ -320,6 +360,22 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus mass; 1 samples from all.")
     batch_size: Positive = Field(256, description="Sequences decoded together, a process.")
+    engine: Literal["hf", "vllm"] = Field(
+        "hf",
+        description="Who samples: hf, the modules that are trained; vllm, an engine a process that "
+        "loads the exported base once and gets adapter and norms each step. It must prove at the "
+        "first step that it computes the trained model.",
+    )
+    engine_format: Literal["auto", "ascend", "compressed-tensors"] = Field(
+        "auto",
+        description="Format of the base that the engine loads. auto: ascend on an NPU, "
+        "compressed-tensors elsewhere.",
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments for vllm's LLM, e.g. gpu_memory_utilization (0.4) or enforce_eager. "
+        "Keys that this program decides are refused.",
+    )
 
 
 class DapoConfig(Section):
@@ -373,6 +429,23 @@ class SftConfig(Section):
     max_tokens: Positive = Field(1024, description="Longer examples are an error.")
 
 
+class DistillSection(Section):
+    """Distillation from a 16-bit teacher: ``(1 - weight) task + weight KL(teacher, student)`` on
+    the completion's tokens (SFT: the worked solution; DAPO: what the student sampled)."""
+
+    weight: Fraction = Field(
+        0.0, description="Share of the loss that is distillation. 0: none; 1: nothing else."
+    )
+    teacher: Literal["base", "bf16_lora"] = Field(
+        "base",
+        description="base: the 16-bit model as it came. bf16_lora: with the adapter of the run's "
+        "16-bit arm, which is then trained first (needs it in evaluation.baselines).",
+    )
+    temperature: float = Field(
+        1.0, gt=0.0, description="Divides both models' logits; the term is times its square."
+    )
+
+
 class TrainConfig(Section):
     """The optimiser and the length of the run. A step is a rollout with all its updates (dapo)
     or one update (sft)."""
@@ -403,7 +476,10 @@ class TrainConfig(Section):
 class DeepSpeedSection(Section):
     """The engine under both loops."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="What is partitioned over processes.")
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="What is partitioned over processes. auto: 2 on several NPUs, else 0.",
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict,
         description="Merged into the DeepSpeed configuration. Keys that this program decides "
@@ -412,7 +488,13 @@ class DeepSpeedSection(Section):
 
 
 class EvaluationConfig(Section):
-    """Accuracy in W4A4, noise off, on held-out problems."""
+    """How well a model does in W4A4, noise off, on held-out problems."""
+
+    metric: Literal["accuracy", "answer_perplexity"] = Field(
+        "accuracy",
+        description="accuracy: answer greedily and compare. answer_perplexity: exp of the mean "
+        "negative log probability of the worked solutions' tokens, end token included.",
+    )
 
     problems: Positive | None = Field(None, description="Held-out problems. Default: all.")
     every: Positive | None = Field(
@@ -441,9 +523,37 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     dapo: DapoConfig = Field(default_factory=DapoConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
+    distill: DistillSection = Field(default_factory=DistillSection)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    def _engine_agrees(self) -> None:
+        """Refuse what a serving engine does not compute."""
+        recipe, noise = self.quant, self.noise
+        refused = {
+            "train.method: sft has no rollout": self.train.method != "dapo",
+            "quant.injection_point must not be none: nothing could be exported": (
+                recipe.injection_point == "none"
+            ),
+            "quant.apply_during must be both: the engine always quantises": (
+                recipe.apply_during != "both"
+            ),
+            "quant.lora_input must be full: engines feed LoRA the 16-bit input": (
+                recipe.lora_input != "full"
+            ),
+            "quant.rotation must be none: engines do not rotate inputs": recipe.rotates,
+            "model.dtype must be bf16, in which the engine computes": self.model.dtype != "bf16",
+            "rollout.top_p must be 1: the engine's log-probabilities would include the cut": (
+                self.rollout.top_p != 1.0
+            ),
+            "noise.norm_dtype must be model: the engine holds norms in 16 bits": (
+                noise.enabled and noise.norm_dtype != "model"
+            ),
+        }
+        for reason, applies in refused.items():
+            if applies:
+                raise ValueError(f"rollout.engine: vllm: {reason}")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -472,6 +582,18 @@ class RunConfig(Section):
                     f"dapo.overlong_buffer ({d.overlong_buffer}) is longer than "
                     f"rollout.max_new_tokens ({r.max_new_tokens})"
                 )
+        if self.distill.weight > 0 and self.distill.teacher == "bf16_lora":
+            if "bf16_lora" not in self.evaluation.baselines:
+                raise ValueError(
+                    "distill.teacher: bf16_lora is the adapter of the run's 16-bit arm; add "
+                    "bf16_lora to evaluation.baselines"
+                )
+            if self.quant.injection_point == "none":
+                raise ValueError(
+                    "distill.teacher: bf16_lora teaches a quantised arm; set quant.injection_point"
+                )
+        if r.engine == "vllm":
+            self._engine_agrees()
         rollout_noise = self.noise.enabled and self.noise.apply_during == "rollout"
         if self.train.method == "sft" and rollout_noise:
             raise ValueError(

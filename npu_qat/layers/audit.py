@@ -10,6 +10,8 @@ quantised. None of them raises. The audit therefore looks at tensors, not at set
 * the operand that enters the matmul equals the reference fake-quant of the layer's input, bit for
   bit, in every phase that ran (observed on the first pass of the phase); where the result is
   quantised, it equals the reference fake-quant of the matmul's result likewise;
+* the result of the matmul is the product of that operand with that weight, up to the rounding of
+  its dtype: a device that multiplies codes could read them in another order or under other scales;
 * every layer quantised in the phases where the recipe says so, and in no other.
 
 ``verify()`` raises ``AuditError`` naming the layer and the measurement.
@@ -18,7 +20,7 @@ quantised. None of them raises. The audit therefore looks at tensors, not at set
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,10 +29,15 @@ from torch import nn
 
 from npu_qat.layers.plan import PlannedLinear
 from npu_qat.layers.quant_linear import QuantLinear, QuantState
+from npu_qat.layers.rotation import INPUT_FACTOR, rotate_blocks, rotate_weight
 from npu_qat.numerics import dequantize, fake_quant, quantize
 
 # Rows of an input that are compared and measured; enough for statistics, cheap on real models.
 SAMPLE_ROWS = 256
+# Rows whose product is computed once more in fp32, and its largest relative error (Frobenius). A
+# 16-bit result is off by about 2^-9; a block under its neighbour's scale by far more.
+PRODUCT_ROWS = 16
+PRODUCT_TOLERANCE = 0.02
 
 
 class AuditError(RuntimeError):
@@ -65,16 +72,19 @@ class Measurement:
     weight_mismatches: int = 0
     input_rel_error: dict[str, float] = field(default_factory=dict)
     operand_mismatches: dict[str, int] = field(default_factory=dict)
+    product_rel_error: dict[str, float] = field(default_factory=dict)
 
 
 def measure_weight(layer: QuantLinear, original: torch.Tensor) -> Measurement:
     """Compare the stored weight of ``layer`` with ``original`` [N, K] and with the reference."""
     recipe = layer.state.recipe
+    if recipe.rotates:
+        original = rotate_weight(original)
     reference = original
     if recipe.quantizes_weight:
         scale = getattr(layer, "weight_tensor_scale", None)
         q = quantize(original, recipe.weight_profile, layer.weight_axis, tensor_scale=scale)
-        reference = dequantize(q, original.dtype, apply_tensor_scale=False)
+        reference = dequantize(q, layer.operand_dtype, apply_tensor_scale=False)
     exact = original.float()
     error, norm = (exact - layer.weight.float()).norm().item(), exact.norm().item()
     return Measurement(
@@ -109,7 +119,7 @@ class Audit:
         self,
         layer: QuantLinear,
         x: torch.Tensor,
-        operand: torch.Tensor,
+        operand: Callable[[], torch.Tensor],
         result: torch.Tensor,
         y: torch.Tensor,
     ) -> None:
@@ -119,12 +129,15 @@ class Audit:
             return
         recipe = self._state.recipe
         with torch.no_grad():
-            rows, seen = _sample(x), _sample(operand)
+            rows, seen = _sample(x), _sample(operand())
+            if recipe.rotates:
+                rows = rotate_blocks(rows, INPUT_FACTOR)
             mismatches = _differing(seen, self._reference_operand(layer, rows))
             expected = _sample(result)
             if recipe.quantizes_output:
                 expected = fake_quant(expected, recipe.activation_profile)
             measured.operand_mismatches[phase] = mismatches + _differing(_sample(y), expected)
+            measured.product_rel_error[phase] = _product_error(layer, seen, _sample(result))
             if recipe.quantizes_input:
                 values = seen.float() * getattr(layer, "input_tensor_scale", 1.0)
                 error, norm = (rows.float() - values).norm(), rows.float().norm()
@@ -135,10 +148,8 @@ class Audit:
         if not recipe.quantizes_input:
             return x
         scale = getattr(layer, "input_tensor_scale", None)
-        if scale is None:
-            return fake_quant(x, recipe.activation_profile)
         q = quantize(x, recipe.activation_profile, tensor_scale=scale)
-        return dequantize(q, x.dtype, apply_tensor_scale=False)
+        return dequantize(q, layer.operand_dtype, apply_tensor_scale=False)
 
     # --- the verdict ------------------------------------------------------------------------
 
@@ -149,6 +160,7 @@ class Audit:
             self._check_weights(),
             self._check_unchanged(),
             self._check_operands(),
+            self._check_products(),
             self._check_phases(),
         ]
         return checks + self._extra
@@ -175,6 +187,7 @@ class Audit:
             checks.append(self._check_observed(phases))
         return {
             "verdict": "pass" if all(c.ok for c in checks) else "fail",
+            "computed_by": self._state.describe(),
             "checks": [asdict(c) for c in checks],
             "modules": [self._module_report(p) for p in self._plan],
         }
@@ -205,6 +218,7 @@ class Audit:
                 "input_rel_error": error,
                 "input_sqnr_db": None if error is None else _decibel(1.0, error),
                 "operand_mismatches": measured.operand_mismatches,
+                "product_rel_error": measured.product_rel_error,
             }
         return row
 
@@ -261,6 +275,20 @@ class Audit:
             not wrong,
         )
 
+    def _check_products(self) -> Check:
+        errors = [
+            (error, path, phase)
+            for path, m in self._measured.items()
+            for phase, error in m.product_rel_error.items()
+        ]
+        worst, path, phase = max(errors, default=(0.0, "", ""))
+        return Check(
+            "products equal the reference matmul",
+            f"relative error at most {PRODUCT_TOLERANCE}",
+            f"{worst:.1e}" + (f" in {path} in {phase}" if path else ""),
+            worst <= PRODUCT_TOLERANCE,
+        )
+
     def _check_observed(self, phases: Collection[str]) -> Check:
         recipe = self._state.recipe
         active = sorted(p for p in phases if recipe.active_in(p))
@@ -300,6 +328,23 @@ class Audit:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1])[:SAMPLE_ROWS]
+
+
+def _product_error(layer: QuantLinear, operand: torch.Tensor, result: torch.Tensor) -> float:
+    """Relative error of the first rows of ``result`` [M, N] against the fp32 product; Inf if it is
+    NaN or Inf where the product is not."""
+    rows = operand[:PRODUCT_ROWS].float()
+    exact = rows @ layer.weight_operand().float().T
+    scale = layer.result_scale()
+    exact = exact if scale is None else exact * scale
+    exact = exact if layer.bias is None else exact + layer.bias.float()
+    finite = torch.isfinite(exact)
+    exact = exact.masked_fill(~finite, 0.0)
+    found = result[:PRODUCT_ROWS].float().masked_fill(~finite, 0.0)
+    error, norm = (found - exact).norm().item(), exact.norm().item()
+    if not math.isfinite(error):
+        return math.inf
+    return error / norm if norm else error
 
 
 def _differing(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -64,6 +64,12 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(ids)
 
 
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of an assistant's answer, with the token that ends it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: the generation config's and the tokenizer's.
 

@@ -8,6 +8,7 @@ training, rollout, evaluation and export all use the same numbers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from npu_qat.config import LoraSection
 from npu_qat.config.paths import layer_index
 from npu_qat.layers.quant_linear import QuantLinear
+from npu_qat.layers.straight_through import quantize_activation
 
 ADAPTER = "default"
 
@@ -53,8 +55,34 @@ class QatLoraLinear(PeftLoraLinear):
             x = base.quantized_input(x)
         for name in self.active_adapters:
             a, b = self.lora_A[name], self.lora_B[name]
-            y = y + b(a(self.lora_dropout[name](x))) * self.scaling[name]
+            y = y + _scaled(b, a(self.lora_dropout[name](x)), self.scaling[name])
+        if quantized and base.state.recipe.lora_output == "quantised":
+            y = _quantize_output(base, y)
         return y
+
+
+def _scaled(b: nn.Module, rank_x: torch.Tensor, scaling: float) -> torch.Tensor:
+    """``b(rank_x) * scaling``, B x [.., r] to [.., N].
+
+    A power of two, which alpha / r mostly is, commutes with every rounding; multiplying the few
+    numbers of rank r instead spares two passes over [.., N].
+    """
+    out: torch.Tensor
+    if math.frexp(scaling)[0] == 0.5:
+        out = b(rank_x if scaling == 1 else rank_x * scaling)
+    else:
+        out = b(rank_x) * scaling
+    return out
+
+
+def _quantize_output(base: QuantLinear, y: torch.Tensor) -> torch.Tensor:
+    """``Q(base(x) + LoRA(x))``, with or without the straight-through estimator."""
+    recipe, backend = base.state.recipe, base.state.backend
+    return quantize_activation(
+        y,
+        lambda t: backend.fake_quant(t, recipe.activation_profile),
+        use_ste=recipe.use_ste,
+    )
 
 
 def add_lora(model: nn.Module, section: LoraSection, seed: int) -> PeftModel:

@@ -13,11 +13,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from npu_qat.backends import Backend, EmulationBackend
+from npu_qat.backends import Backend, EmulationBackend, EncodedInput
 from npu_qat.config import Recipe
 from npu_qat.layers.audit import Audit, Measurement, measure_weight
+from npu_qat.layers.fusion import fuse
+from npu_qat.layers.matmul import MatmulMode, choose_matmul
 from npu_qat.layers.plan import PlannedLinear, plan_linears, sibling_groups
 from npu_qat.layers.quant_linear import PHASES, QuantLinear, QuantState, SharedInput
+from npu_qat.layers.rotation import rotate_weight
 from npu_qat.numerics import nvfp4_tensor_scale
 from npu_qat.numerics.profiles import get_profile
 
@@ -48,6 +51,11 @@ class QuantizedModel:
     def recipe(self) -> Recipe:
         return self._state.recipe
 
+    @property
+    def matmul(self) -> MatmulMode:
+        """Who multiplies, and why."""
+        return self._state.matmul
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Run the body as ``training``, ``rollout`` or ``evaluation`` (the default phase).
@@ -61,6 +69,16 @@ class QuantizedModel:
             yield
         finally:
             self._state.phase = before
+
+    @contextmanager
+    def inputs_in_16_bits(self) -> Iterator[None]:
+        """Run the body with 4-bit weights and 16-bit inputs, for comparison: what a server computes
+        that drops the quantisation of activations. Not counted by the audit."""
+        before, self._state.calibrating = self._state.calibrating, True
+        try:
+            yield
+        finally:
+            self._state.calibrating = before
 
     @property
     def needs_calibration(self) -> bool:
@@ -107,14 +125,16 @@ def prepare_model(
 
     Raises:
         ValueError: the model was prepared before or carries adapters, the plan is impossible (see
-            ``plan_linears``), or a weight holds NaN or Inf.
+            ``plan_linears``), a weight holds NaN or Inf, or (``BackendUnavailable``) the backend
+            does not compute the recipe's activation profile or its fused matmul.
     """
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("the model is prepared already; load it anew to change the recipe")
     if any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise ValueError("the model carries adapters; prepare it first, add adapters afterwards")
     plan = plan_linears(model, recipe)
-    state = QuantState(recipe, backend or EmulationBackend())
+    backend = backend or EmulationBackend()
+    state = QuantState(recipe, backend, matmul=choose_matmul(recipe, backend, plan))
     chosen = [planned.path for planned in plan if planned.quantized]
     for path in chosen:
         if not torch.isfinite(_linear(model, path).weight).all():
@@ -124,28 +144,43 @@ def prepare_model(
     measured: dict[str, Measurement] = {}
     for group in sibling_groups(chosen):
         measured |= _replace_group(model, group, state)
+    fuse(model, state)
     return QuantizedModel(model, plan, state, measured)
 
 
 def _replace_group(
     model: nn.Module, group: tuple[str, ...], state: QuantState
 ) -> dict[str, Measurement]:
-    linears = [_linear(model, path) for path in group]
+    originals = [_linear(model, path) for path in group]
+    linears = [_folded(linear) if state.recipe.rotates else linear for linear in originals]
     amax = None
     if get_profile(state.recipe.weight_profile).tensor_scale:
         amax = torch.stack(
             [linear.weight.detach().abs().amax().float() for linear in linears]
         ).amax()
-    # LoRA on the quantised input reads it once more in each layer.
-    readers = len(group) * (2 if state.recipe.lora_input == "quantised" else 1)
-    shared = SharedInput(readers)
+    # LoRA on the quantised input reads it once more in each layer; in fused mode it is the only
+    # one that reads values, decoded once from the codes.
+    lora_reads = state.recipe.lora_input == "quantised"
+    fused = state.matmul.fused
+    shared: SharedInput[torch.Tensor] = SharedInput(len(group) * (lora_reads + (not fused)))
+    encoded: SharedInput[EncodedInput] = SharedInput(len(group) + lora_reads)
+    rotated: SharedInput[torch.Tensor] = SharedInput(len(group))
     measured = {}
-    for path, linear in zip(group, linears, strict=True):
-        layer = QuantLinear(linear, path, state, shared, amax)
-        measured[path] = measure_weight(layer, linear.weight.detach())
+    for path, original, linear in zip(group, originals, linears, strict=True):
+        layer = QuantLinear(linear, path, state, shared, amax, encoded, rotated)
+        measured[path] = measure_weight(layer, original.weight.detach())
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return measured
+
+
+def _folded(linear: nn.Linear) -> nn.Linear:
+    """The linear that gives on a rotated input what ``linear`` gives on the input itself."""
+    with torch.device("meta"):
+        folded = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    folded.weight = nn.Parameter(rotate_weight(linear.weight.detach()), False)
+    folded.bias = linear.bias
+    return folded
 
 
 def _linear(model: nn.Module, path: str) -> nn.Linear:

@@ -5,7 +5,14 @@ made, and the 16-bit weight is dropped. Two storages hold the same values:
 
 * ``image``: a 16-bit tensor. E2M1 times a power of two is exact in bf16 (and E2M1 times an E4M3
   scale is, too), so the image loses nothing, and a forward pass costs one matmul.
-* ``packed``: the 4-bit codes and scale bytes, 4.25 bits a weight for MXFP4, decoded when needed.
+* ``packed``: the 4-bit codes and scale bytes, 4.25 bits a weight for MXFP4. The backend's
+  ``linear`` reads them; the backward pass decodes them.
+
+And two ways of multiplying (``layers/matmul.py``):
+
+* ``emulated``: ``Q_a(x)`` and ``Q_w(W)`` as 16-bit tensors, one 16-bit matmul.
+* ``fused``: the device multiplies the codes. The forward pass is then what serving computes; the
+  backward pass is the same as in the other mode, ``dx = dy Q_w(W)``.
 
 What others do instead is overwrite ``weight.data`` in a forward hook and restore it afterwards.
 That leaves the weight quantised after every forward pass without a backward pass, and under
@@ -21,28 +28,39 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from npu_qat.backends import Backend
+from npu_qat.backends import (
+    Backend,
+    BackendUnavailable,
+    EmulationBackend,
+    EncodedInput,
+    FusedBackend,
+    PackedWeight,
+)
 from npu_qat.config import Recipe
+from npu_qat.layers.matmul import EMULATED, MatmulMode
+from npu_qat.layers.rotation import rotate_input
 from npu_qat.layers.straight_through import FrozenLinear, quantize_activation
 from npu_qat.numerics import QuantizedTensor, get_profile, nvfp4_tensor_scale
 
 PHASES = ("training", "rollout", "evaluation")
+Result = TypeVar("Result")
 
 
 class Observer(Protocol):
-    """Sees what a layer quantised: x to ``operand``, ``result`` to y. The audit is one."""
+    """Sees what a layer quantised: x to ``operand()``, ``result`` to y. The audit is one."""
 
     def __call__(
         self,
         layer: QuantLinear,
         x: torch.Tensor,
-        operand: torch.Tensor,
+        operand: Callable[[], torch.Tensor],
         result: torch.Tensor,
         y: torch.Tensor,
     ) -> None: ...
@@ -57,6 +75,29 @@ class QuantState:
     phase: str = "evaluation"
     observer: Observer | None = None
     calibrating: bool = False
+    matmul: MatmulMode = EMULATED
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if recipe.quantizes_input or recipe.quantizes_output:
+            self.backend.check_profile(recipe.activation_profile)
+        # Weights are encoded once. A profile that the device's op does not compute (weights as
+        # msmodelslim rounds them, say) is still one that its matmul can read.
+        self.weight_encoder: Backend = self.backend
+        try:
+            self.backend.check_profile(recipe.weight_profile)
+        except BackendUnavailable:
+            self.weight_encoder = EmulationBackend()
+
+    def describe(self) -> dict[str, str]:
+        """Who computes, for the audit."""
+        encoder = self.weight_encoder.name
+        return {
+            **self.backend.describe(),
+            "matmul": self.matmul.name,
+            "matmul_reason": self.matmul.reason,
+            **({"weights_encoded_by": encoder} if self.recipe.quantizes_weight else {}),
+        }
 
     @property
     def active(self) -> bool:
@@ -64,7 +105,7 @@ class QuantState:
         return not self.calibrating and self.recipe.active_in(self.phase)
 
 
-class SharedInput:
+class SharedInput(Generic[Result]):
     """Quantises a tensor once for all linears that read it (q, k, v; gate, up).
 
     The siblings of a group are called one after another with the same tensor object. The result
@@ -78,12 +119,10 @@ class SharedInput:
         self._key: tuple[weakref.ref[torch.Tensor], int, bool] | None = (
             None  # tensor, version, graph
         )
-        self._result: torch.Tensor | None = None
+        self._result: Result | None = None
         self._left = 0
 
-    def get(
-        self, x: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def get(self, x: torch.Tensor, quantize: Callable[[torch.Tensor], Result]) -> Result:
         if x.is_inference():
             return quantize(x)
         if self._holds(x):
@@ -91,12 +130,24 @@ class SharedInput:
             result = self._result
         else:
             result = quantize(x)
-            self._key = (weakref.ref(x), x._version, _builds_graph(x))
-            self._result, self._left = result, self.readers
+            self.prime(x, result)
         self._left -= 1
         if self._left <= 0:
             self._key = self._result = None
         return result
+
+    def prime(self, x: torch.Tensor, operand: Result) -> None:
+        """Hand over ``operand``, the quantised ``x``, to the linears that will read ``x`` next.
+
+        For a producer that computes both in one go (a fused RMSNorm or SiLU * up). ``operand`` must
+        carry the gradient that the quantiser of the layers would give it: with ``x`` in a graph it
+        is an output of the producer's autograd function, and the gradients of both add up. In
+        inference mode nothing is kept, and the linears quantise ``x`` themselves.
+        """
+        if x.is_inference():
+            return
+        self._key = (weakref.ref(x), x._version, _builds_graph(x))
+        self._result, self._left = operand, self.readers
 
     def _holds(self, x: torch.Tensor) -> bool:
         if self._key is None:
@@ -129,6 +180,8 @@ class QuantLinear(nn.Linear):
         path: its module path, for messages and the audit.
         state: shared by all layers of the model.
         shared: quantises the input once for a group of siblings.
+        encoded: the same for the codes of the input, in fused mode.
+        rotated: the same for the rotated input; the weight of ``linear`` is then a rotated one.
         weight_amax: largest magnitude over the group's weights, for profiles with a tensor scale
             (siblings share one, as serving engines fuse them). Default: of this weight.
 
@@ -145,13 +198,19 @@ class QuantLinear(nn.Linear):
         linear: nn.Linear,
         path: str,
         state: QuantState,
-        shared: SharedInput | None = None,
+        shared: SharedInput[torch.Tensor] | None = None,
         weight_amax: torch.Tensor | None = None,
+        encoded: SharedInput[EncodedInput] | None = None,
+        rotated: SharedInput[torch.Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.path, self.state = path, state
-        self.shared = shared or SharedInput(1)
+        self.shared: SharedInput[torch.Tensor] = shared or SharedInput(1)
+        # In fused mode the siblings share codes, too; one that shares nothing encodes for itself.
+        self.encoded: SharedInput[EncodedInput] = encoded or SharedInput(1)
+        self.rotated: SharedInput[torch.Tensor] = rotated or SharedInput(1)
+        self._prepared: tuple[tuple[int, int], object] | None = None
         self.calls = CallCounts()
         self.dtype = linear.weight.dtype
         if self.dtype == torch.float16 and self._has_tensor_scale:
@@ -168,6 +227,7 @@ class QuantLinear(nn.Linear):
             unset = torch.full((), float("nan"), device=linear.weight.device)
             self.register_buffer("input_tensor_scale", unset)
         self.input_amax = 0.0
+        self._calibrated: int | None = None  # version of the tensor scale that was found set
 
     # --- the weight -------------------------------------------------------------------------
 
@@ -180,13 +240,14 @@ class QuantLinear(nn.Linear):
         if q.tensor_scale is not None:
             self.register_buffer("weight_tensor_scale", q.tensor_scale.float().clone())
         image = self._image(q)
-        if recipe.base_storage == "packed":
+        packed = recipe.base_storage == "packed"
+        if not packed:
+            self.weight_image = nn.Parameter(image, False)
+        if packed or self.state.matmul.fused:
             self.weight_packed = nn.Parameter(q.packed, False)
             self.weight_scale = nn.Parameter(q.scales, False)
             if q.level0_scales is not None:
                 self.register_buffer("weight_level0", q.level0_scales)
-        else:
-            self.weight_image = nn.Parameter(image, False)
         if recipe.apply_during != "both":
             self.weight_full = nn.Parameter(weight.clone(), False)
 
@@ -198,7 +259,7 @@ class QuantLinear(nn.Linear):
         tensor_scale = None
         if get_profile(recipe.weight_profile).tensor_scale:
             tensor_scale = nvfp4_tensor_scale(weight.abs().amax() if amax is None else amax)
-        return self.state.backend.quantize(
+        return self.state.weight_encoder.quantize(
             weight, recipe.weight_profile, self.weight_axis, tensor_scale=tensor_scale
         )
 
@@ -214,22 +275,35 @@ class QuantLinear(nn.Linear):
         """The blocked axis of the weight [N, K]: -1 along K, 0 along N."""
         return -1 if self.state.recipe.block_axis == "row" else 0
 
-    def packed_weight(self) -> QuantizedTensor:
-        """The stored codes and scales (``packed`` storage)."""
-        return QuantizedTensor.from_packed(
-            self.weight_packed.data,
-            self.weight_scale.data,
+    def packed_weight(self) -> PackedWeight:
+        """The stored codes and block scales (``packed`` storage, or fused mode).
+
+        Without the tensor scale, which goes to the result.
+        """
+        # ZeRO-3 stores the bytes as int8 where the communication library has no uint8.
+        return PackedWeight(
+            self.weight_packed.data.view(torch.uint8),
+            self.weight_scale.data.view(torch.uint8),
             shape=(self.out_features, self.in_features),
             profile=self.state.recipe.weight_profile,
-            axis=self.weight_axis,
-            tensor_scale=getattr(self, "weight_tensor_scale", None),
+            axis=self.weight_axis % 2,
             level0_scales=getattr(self, "weight_level0", None),
         )
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """dtype of both operands of the emulated matmul: the layer's, which holds them exactly, or
+        fp32 where a profile has fp32 scales inside the sum (dual-level)."""
+        recipe = self.state.recipe
+        used = [recipe.weight_profile] if recipe.quantizes_weight else []
+        used += [recipe.activation_profile] if recipe.quantizes_input else []
+        dual = any(get_profile(name).level0_block for name in used)
+        return torch.float32 if dual else self.dtype
+
     def _image(self, q: QuantizedTensor) -> torch.Tensor:
-        """Element x block scale in the layer's dtype; the tensor scale goes to the result."""
+        """Element x block scale in the operands' dtype; the tensor scale goes to the result."""
         q = replace(q, tensor_scale=None)
-        image = self.state.backend.dequantize(q, self.dtype)
+        image = self.state.backend.dequantize(q, self.operand_dtype)
         exact = self.state.backend.dequantize(q, torch.float32)
         if not torch.equal(image.float().nan_to_num(), exact.nan_to_num()):
             raise ValueError(
@@ -238,21 +312,21 @@ class QuantLinear(nn.Linear):
             )
         return image
 
-    def _unpack(self) -> torch.Tensor:
-        q = replace(self.packed_weight(), tensor_scale=None)
-        return self.state.backend.dequantize(q, self.dtype)
-
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """[N, K] in the layer's dtype: the values of the matmul in the current phase."""
+        """[N, K] in the layer's dtype: the values of the matmul in the current phase (of a rotated
+        layer: the rotated ones)."""
         if hasattr(self, "weight_full") and not self.state.active:
             return self.weight_full
         image, scale = self.weight_operand(), getattr(self, "weight_tensor_scale", None)
-        return image if scale is None else (image.float() * scale).to(self.dtype)
+        return (image if scale is None else image.float() * scale).to(self.dtype)
 
     def weight_operand(self) -> torch.Tensor:
-        """[N, K]: the stored weight as it enters the matmul, without a tensor scale."""
-        return self.weight_image if hasattr(self, "weight_image") else self._unpack()
+        """[N, K] in ``operand_dtype``: the stored weight as it enters the matmul, without a tensor
+        scale."""
+        if hasattr(self, "weight_image"):
+            return self.weight_image
+        return self.state.backend.dequantize(self.packed_weight(), self.operand_dtype)
 
     @property
     def storage_bytes(self) -> int:
@@ -279,37 +353,57 @@ class QuantLinear(nn.Linear):
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """``Q_a(x)`` [B, K] with all its scales: what else than the matmul may read."""
-        operand, scale = self.quantize_input(x), self._input_scale()
-        return operand if scale is None else (operand.float() * scale).to(operand.dtype)
+        operand, scale = self.quantize_input(x), self.input_scale()
+        return (operand if scale is None else operand.float() * scale).to(x.dtype)
 
     def _quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         recipe, backend = self.state.recipe, self.state.backend
-        scale = self._input_scale()
+        if self.state.matmul.backend is not None:
+            decode = partial(self.state.matmul.backend.decode_input, self._encoded(x))
+            return quantize_activation(x, lambda _: decode(), use_ste=recipe.use_ste)
+        scale = self.input_scale()
         if scale is None:
-            return quantize_activation(
-                x,
-                lambda t: backend.fake_quant(t, recipe.activation_profile),
-                use_ste=recipe.use_ste,
-            )
+            return quantize_activation(x, self._fake_quant, use_ste=recipe.use_ste)
 
         def quantizer(t: torch.Tensor) -> torch.Tensor:
-            q = backend.quantize(t, recipe.activation_profile, tensor_scale=scale)
-            return backend.dequantize(replace(q, tensor_scale=None), t.dtype)
+            return backend.fake_quant(
+                t, recipe.activation_profile, tensor_scale=scale, apply_tensor_scale=False
+            )
 
         return quantize_activation(x, quantizer, use_ste=recipe.use_ste, slope=1 / scale)
 
-    def _input_scale(self) -> torch.Tensor | None:
+    def _fake_quant(self, x: torch.Tensor) -> torch.Tensor:
+        backend, profile = self.state.backend, self.state.recipe.activation_profile
+        if self.operand_dtype == x.dtype:
+            return backend.fake_quant(x, profile)
+        return backend.dequantize(backend.quantize(x, profile), self.operand_dtype)
+
+    def _encoded(self, x: torch.Tensor) -> EncodedInput:
+        """The codes of ``x``, once for all siblings (fused mode)."""
+        fused = self.state.matmul.backend
+        assert fused is not None
+        profile = self.state.recipe.activation_profile
+        return self.encoded.get(x, lambda t: fused.encode_input(t.detach(), profile))
+
+    def input_scale(self) -> torch.Tensor | None:
+        """The input's static tensor scale, or None without one; ValueError if it is not set."""
         scale = getattr(self, "input_tensor_scale", None)
-        if scale is not None and torch.isnan(scale):
-            raise ValueError(
-                f"{self.path}: profile {self.state.recipe.activation_profile!r} has a static "
-                "tensor scale for activations that was not calibrated; run "
-                "QuantizedModel.calibrate on some prompts first"
-            )
+        # To look at the value makes the host wait for the device: once for each that is set.
+        if scale is not None and scale._version != self._calibrated:
+            if torch.isnan(scale):
+                raise ValueError(
+                    f"{self.path}: profile {self.state.recipe.activation_profile!r} has a static "
+                    "tensor scale for activations that was not calibrated; run "
+                    "QuantizedModel.calibrate on some prompts first"
+                )
+            self._calibrated = scale._version
         return scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state, recipe = self.state, self.state.recipe
+        given = x
+        if recipe.rotates:
+            x = self.rotated.get(x, rotate_input)
         if state.calibrating:
             self.input_amax = max(self.input_amax, self._finite_amax(x))
             return self._full_precision(x)
@@ -317,8 +411,15 @@ class QuantLinear(nn.Linear):
         if not state.active:
             return self._full_precision(x)
         self.calls.quantized[state.phase] += 1
-        operand = self.quantize_input(x) if recipe.quantizes_input else x
-        y = result = self._matmul(operand)
+        operand: Callable[[], torch.Tensor]
+        if state.matmul.backend is not None:
+            encoded = self._encoded(x)
+            y = result = self._fused_matmul(x, encoded, state.matmul.backend)
+            operand = partial(state.matmul.backend.decode_input, encoded)
+        else:
+            seen = self.quantize_input(x) if recipe.quantizes_input else x
+            y = result = self._matmul(seen)
+            operand = partial(torch.Tensor.detach, seen)
         if recipe.quantizes_output:
             y = quantize_activation(
                 result,
@@ -326,7 +427,7 @@ class QuantLinear(nn.Linear):
                 use_ste=recipe.use_ste,
             )
         if state.observer is not None:
-            state.observer(self, x, operand, result, y)
+            state.observer(self, given, operand, result, y)
         return y
 
     def _finite_amax(self, x: torch.Tensor) -> float:
@@ -340,15 +441,58 @@ class QuantLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
     def _matmul(self, operand: torch.Tensor) -> torch.Tensor:
-        scale = self._result_scale()
-        bias = self.bias if scale is None else None
-        y: torch.Tensor = FrozenLinear.apply(operand, bias, self.weight_operand)
-        if scale is None:
-            return y
-        y = y.float() * scale
-        return (y if self.bias is None else y + self.bias.float()).to(operand.dtype)
+        """The 16-bit matmul, or fp32 for a dual-level profile; result in the layer's dtype."""
+        scale = self.result_scale()
+        image = self._parameters.get("weight_image")
+        if (
+            image is not None
+            and scale is None
+            and operand.dtype == image.dtype == self.dtype
+            and not hasattr(image, "ds_id")
+        ):
+            # PyTorch's own linear keeps no input for a frozen weight either, and costs the host
+            # less. Under ZeRO-3 it would keep the gathered weight.
+            return F.linear(operand, image, self.bias)
+        added = None if scale is not None or self.bias is None else self.bias
+        bias = None if added is None else added.to(self.operand_dtype)
+        operand = operand.to(self.operand_dtype)
+        y: torch.Tensor = FrozenLinear.apply(
+            operand, partial(self._product, bias=bias), self.weight_operand
+        )
+        if scale is not None:
+            y = y.float() * scale
+            y = y if self.bias is None else y + self.bias.float()
+        return y.to(self.dtype)
 
-    def _result_scale(self) -> torch.Tensor | None:
+    def _product(self, operand: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if hasattr(self, "weight_image"):
+            return F.linear(operand, self.weight_image, bias)
+        return self.state.backend.linear(operand, self.packed_weight(), bias)
+
+    def _fused_matmul(
+        self, x: torch.Tensor, encoded: EncodedInput, backend: FusedBackend
+    ) -> torch.Tensor:
+        """The device's matmul of codes; straight-through for ``x``."""
+        if not self.state.recipe.use_ste:
+            x = quantize_activation(x, torch.Tensor.detach, use_ste=False)
+        y: torch.Tensor = FrozenLinear.apply(
+            x,
+            lambda _: backend.fused_linear(encoded, self._prepared_weight(backend), self.bias),
+            self.weight_operand,
+        )
+        return y
+
+    def _prepared_weight(self, backend: FusedBackend) -> object:
+        """The stored codes in the device's layout, made again when they moved."""
+        if hasattr(self.weight_packed, "ds_id"):
+            # ZeRO-3 frees the gathered parameter after use; what is kept here would keep it alive.
+            return backend.prepare_weight(self.packed_weight())
+        key = (self.weight_packed.data_ptr(), self.weight_scale.data_ptr())
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = (key, backend.prepare_weight(self.packed_weight()))
+        return self._prepared[1]
+
+    def result_scale(self) -> torch.Tensor | None:
         """fp32 product of the tensor scales of weight and input, or None without any."""
         scales = [
             s

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,13 +29,13 @@ class StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, quantizer: Quantizer, slope: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.slope = slope
+        ctx.slope, ctx.dtype = slope, x.dtype
         return quantizer(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         grad = grads[0]
-        return grad if ctx.slope is None else (grad * ctx.slope).to(grad.dtype), None, None
+        return (grad if ctx.slope is None else grad * ctx.slope).to(ctx.dtype), None, None
 
 
 class ZeroGradient(torch.autograd.Function):
@@ -50,11 +49,12 @@ class ZeroGradient(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, quantizer: Quantizer, slope: torch.Tensor | None
     ) -> torch.Tensor:
+        ctx.dtype = x.dtype
         return quantizer(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return torch.zeros_like(grads[0]), None, None
+        return torch.zeros_like(grads[0], dtype=ctx.dtype), None, None
 
 
 def quantize_activation(
@@ -68,7 +68,7 @@ def quantize_activation(
 
     Args:
         x: any shape, any floating dtype.
-        quantizer: maps ``x`` to a tensor of the same shape and dtype.
+        quantizer: maps ``x`` to a tensor of the same shape, in ``x``'s dtype or a wider one.
         use_ste: straight-through (True) or zero gradient (False).
         slope: fp32 scalar ``dQ/dx`` if the quantiser returns a rescaled tensor (NVFP4 returns
             ``x`` over its tensor scale); None means 1.
@@ -78,19 +78,26 @@ def quantize_activation(
 
 
 class FrozenLinear(torch.autograd.Function):
-    """``y = x W^T + b`` where ``weight()`` gives the 16-bit ``W`` [out, in] when it is needed."""
+    """``y = product(x)``, ``dx = dy W`` where ``weight()`` gives the 16-bit ``W`` [out, in].
+
+    ``product`` computes ``x W^T + b`` by any means, differentiable or not: a 16-bit matmul, a
+    kernel that reads packed codes, or an NPU's matmul of 4-bit codes. In the last case ``product``
+    quantises ``x`` too, and ``dx`` is the straight-through gradient of both.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        bias: torch.Tensor | None,
+        product: Callable[[torch.Tensor], torch.Tensor],
         weight: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight(), bias)
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        grad_x = grads[0] @ ctx.weight() if ctx.needs_input_grad[0] else None
-        return grad_x, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight = ctx.weight()
+        return (grads[0].to(weight.dtype) @ weight).to(ctx.dtype), None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from npu_qat.numerics.scales import INF_BITS
 
-_SIXTH = 0.16666667163372040  # fp32(1/6), pattern 0x3E2AAAAB
+SIXTH = 0.16666667163372040  # fp32(1/6), pattern 0x3E2AAAAB
 _MIN_NORMAL = 2.0**-126
 
 
@@ -32,7 +32,7 @@ def level0_quotient(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x, (0, -size % group)).unflatten(-1, (-1, group))
     bits = padded.abs().float().view(torch.int32)
     amax = bits.masked_fill_(bits >= INF_BITS, 0).amax(-1, keepdim=True).view(torch.float32)
-    s0 = amax * _SIXTH
+    s0 = amax * SIXTH
     s0 = s0.masked_fill_(s0 < _MIN_NORMAL, 0.0)
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     t = (padded.float() / s0).to(dtype)

@@ -55,7 +55,7 @@ _NAN_INDEX = 256  # table index of a block whose scale is NaN
 _INF_INDEX = 257  # table index of a block with Inf under a profile that saturates
 _MIN_NORMAL_E4M3_BITS = 0x3C800000  # the pattern of 2^-6
 _E4M3_CARRIER = 2.0**20  # 2^20 * P has the spacing P / 8 in fp32
-_EPSILON = 9.6e-7  # of msmodelslim and quant_compute
+EPSILON = 9.6e-7  # of msmodelslim and quant_compute
 _PATTERNS = {
     torch.float32: (torch.int32, 1 << 23),
     torch.bfloat16: (torch.int16, 1 << 7),
@@ -103,12 +103,12 @@ def block_scales(
     if rule == "mse":
         key = _mse_bytes(magnitudes, amax_bits)
     elif rule == "msmodelslim":
-        key = _msmodelslim_bytes(amax_bits, dtype)
+        key = msmodelslim_bytes(amax_bits, dtype)
     elif rule == "quant_compute":
         key = _quant_compute_bytes(amax_bits)
     else:
         key = binade_index(amax_bits, BUMPS[rule], inf_saturates=profile.inf == "saturate")
-    factor, value, _ = _e8m0_tables(profile, key.device)
+    factor, value, _ = e8m0_tables(profile, key.device)
     flat, shape = key.view(-1), key.shape
     return BlockScales(
         factor.index_select(0, flat).view(shape), value.index_select(0, flat).view(shape), key
@@ -118,7 +118,7 @@ def block_scales(
 def scale_bytes(block: BlockScales, profile: Profile) -> Tensor:
     """The uint8 scale bytes of blocks, shape [R, 1, I]."""
     if profile.scale_format == "e8m0":
-        _, _, byte = _e8m0_tables(profile, block.key.device)
+        _, _, byte = e8m0_tables(profile, block.key.device)
         return byte.index_select(0, block.key.view(-1)).view(block.key.shape)
     if profile.scale_format == "e4m3_480":
         # The pattern of 480 is E4M3's NaN, so the bits are put together by hand.
@@ -163,7 +163,7 @@ def binade_index(amax_bits: Tensor, bump: int, *, inf_saturates: bool = False) -
 
 
 @lru_cache(maxsize=256)
-def _e8m0_tables(profile: Profile, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def e8m0_tables(profile: Profile, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(factor, value, byte) by binade index 0..257, or by byte for rules that give the byte."""
     byte = torch.arange(258, device="cpu")
     if profile.scale_rule in BUMPS:
@@ -211,14 +211,14 @@ def _mse_bytes(magnitudes: Tensor, amax_bits: Tensor) -> Tensor:
     return best_byte
 
 
-def _msmodelslim_bytes(amax_bits: Tensor, dtype: torch.dtype) -> Tensor:
+def msmodelslim_bytes(amax_bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes (int32) of msmodelslim's weight rule for finite blocks, in the arithmetic of `dtype`.
 
     floor(log2(amax / 0.875 + 9.6e-7)) - 2, clipped to [-129, 125]. In bf16 the logarithm itself
     rounds, which moves 1.3 % of the scales of Gaussian weights; that is what the exporter writes.
     """
     amax = amax_bits.view(torch.float32).to(dtype)
-    epsilon = amax.new_tensor(_EPSILON)  # rounded to the dtype first, as eager CPU code does
+    epsilon = amax.new_tensor(EPSILON)  # rounded to the dtype first, as eager CPU code does
     with torch.autocast(amax.device.type, enabled=False):  # which would take log2 in fp32
         exponent = torch.floor(torch.log2(amax / 0.875 + epsilon)) - 2
     return exponent.clamp(-129, 125).to(torch.int32) + 127
@@ -226,7 +226,7 @@ def _msmodelslim_bytes(amax_bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _quant_compute_bytes(amax_bits: Tensor) -> Tensor:
     """Bytes (int32) of quant_compute's rule: floor scale of fp32(amax + 9.6e-7), at most 252."""
-    shifted = amax_bits.view(torch.float32) + _EPSILON
+    shifted = amax_bits.view(torch.float32) + EPSILON
     byte = ((shifted.view(torch.int32) >> 23) - 2).clamp_max_(252)
     return byte.masked_fill_(amax_bits > INF_BITS, 255)
 

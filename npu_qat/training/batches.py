@@ -11,11 +11,12 @@ and some fused attention kernels return NaN gradients for those (seen on CUDA in
 forward pass is fine).
 
 Shapes: B rows, S tokens of prompt and completion (padded), T completion tokens (padded),
-V vocabulary.
+P positions from ``Batch.first`` on, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,15 @@ class Batch:
     old_logp: torch.Tensor | None
 
 
+def data_digest(problems: Sequence[Any]) -> str:
+    """Which problems a step read, in which order: the first 12 digits of a SHA-256 of their ids.
+
+    Two runs with equal digests in every step learnt from the same prompts in the same order.
+    """
+    names = "\n".join(str(problem.id) for problem in problems)
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
 def micro_batches(
     samples: Sequence[Sample], size: int, rank: int, world_size: int
 ) -> list[list[Sample]]:
@@ -132,6 +142,11 @@ def completion_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch
 
     ``temperature`` divides the logits, as in sampling, so that both speak of one distribution.
     """
+    return of_tokens(position_logp(model, batch, temperature), batch)
+
+
+def position_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """fp32 [B, P, V]: log-probabilities of every token at positions ``batch.first`` and later."""
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -140,6 +155,17 @@ def completion_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch
         # Logits of the last prompt token predict the first completion token.
         logits_to_keep=batch.input_ids.shape[1] - batch.first + 1,
     ).logits[:, :-1]
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    # With a large vocabulary each copy is among the largest tensors of a step.
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def of_tokens(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """From ``position_logp`` [B, P, V] those of the completion's tokens, [B, T]."""
     following = logp.gather(-1, batch.input_ids[:, batch.first :, None])[..., 0]
-    return following.gather(-1, batch.index)
+    return of_completion(following, batch)
+
+
+def of_completion(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """From values at positions ``batch.first`` and later [B, P] the completion's, [B, T]."""
+    return values.gather(-1, batch.index)

@@ -10,6 +10,8 @@ DAPO adds to GRPO, each switchable: a higher upper clip; dropping groups that ar
 wrong, since they carry no gradient, and sampling more; no loss from truncated completions and a
 soft penalty before the limit; no KL term.
 
+A teacher (``distill``) adds the divergence from its distribution on the sampled tokens.
+
 What 4 bits add: the sampler and the trainer are the same modules, but noise (AQN), batching and the
 KV cache make their distributions differ. ``w = stopgrad(min(pi_old / pi_rollout, cap))`` per token
 (truncated importance sampling) corrects for it, and the gap is measured each step. With noise off
@@ -33,9 +35,18 @@ import torch
 
 from npu_qat.tasks import accuracy_reward, soft_overlong_penalty
 from npu_qat.training.bad_module import first_bad_module
-from npu_qat.training.batches import Sample, collate, completion_logp, micro_batches
+from npu_qat.training.batches import (
+    Sample,
+    collate,
+    completion_logp,
+    data_digest,
+    micro_batches,
+    of_tokens,
+    position_logp,
+)
 from npu_qat.training.engine import TrainingError
-from npu_qat.training.rollout import Completion, SamplingParams, sample
+from npu_qat.training.rollout import Completion, SamplingParams
+from npu_qat.training.samplers import Gate
 
 if TYPE_CHECKING:
     from npu_qat.config import DapoConfig
@@ -136,7 +147,9 @@ class Dapo:
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update; returns the step's metrics. ``step`` counts from 0."""
         started = time.perf_counter()
+        proof = {} if self.learner.sampler.proven else self._prove(step)
         groups, metrics = self._collect(step)
+        metrics |= proof
         rolled_out = time.perf_counter()
         metrics["rollout_seconds"] = rolled_out - started
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["rollout_seconds"]
@@ -169,6 +182,7 @@ class Dapo:
             learner.phase("rollout"),
             learner.noise(step, "rollout") as noise,
         ):
+            learner.sampler.follow(model)
             while tries < (dapo.max_generation_tries if dapo.dynamic_sampling else 1):
                 tries += 1
                 groups = self._generate(model, step, asked)
@@ -188,6 +202,7 @@ class Dapo:
             "completion_length_mean": fmean(len(c.tokens) for c in completions),
             "truncated_fraction": fmean(c.truncated for c in completions),
             "tokens": sum(len(c.tokens) for c in completions),
+            "data": data_digest([g.problem for g in seen]),
             **noise,
         }
 
@@ -224,15 +239,8 @@ class Dapo:
         failed = ""
         try:
             if prompts:
-                completions = sample(
-                    model,
-                    prompts,
-                    keys,
-                    self.params,
-                    eos_ids=learner.eos_ids,
-                    pad_id=learner.pad_id,
-                    batch_size=self.config.rollout.batch_size,
-                    stop=learner.check_stop,
+                completions = learner.sampler.sample(
+                    prompts, keys, self.params, stop=learner.check_stop
                 )
         except TrainingError as error:
             probe = [Sample(prompt, [learner.pad_id]) for prompt in prompts[:8]]
@@ -308,7 +316,8 @@ class Dapo:
         batches = self._batches(samples)
         for i, micro in enumerate(batches):
             batch = collate(micro, learner.pad_id, engine.device)
-            logp = completion_logp(engine.ds, batch, self.params.temperature)
+            full = position_logp(engine.ds, batch, self.params.temperature)
+            logp = of_tokens(full, batch)
             old = logp.detach() if batch.old_logp is None else batch.old_logp
             assert batch.rollout_logp is not None
             weight = tis_weight(old, batch.rollout_logp, dapo.tis_cap) if dapo.tis else None
@@ -321,6 +330,10 @@ class Dapo:
                 clip_ratio_c=dapo.clip_ratio_c,
                 tis_weight=weight,
             )
+            if learner.teacher is not None:
+                divergence = learner.teacher.divergence(batch, full, self.params.temperature)
+                totals.add_divergence(divergence.detach(), batch)
+                losses = learner.teacher.mixed(losses, divergence)
             loss = (losses * batch.mask).sum() / tokens
             learner.check_loss(loss, batch, step)
             totals.add(batch, losses.detach(), logp.detach(), old, weight, dapo)
@@ -348,30 +361,59 @@ class Dapo:
 
     def _noise_off_gap(self, step: int) -> dict[str, float]:
         """Sample a few completions without noise and compare them with the trainer."""
+        engine = self.learner.engine
+        gaps = self._gaps(self._clean_samples(step))
+        count = engine.sum(float(len(gaps)))
+        return {
+            "logp_gap_off_mean": engine.sum(sum(gaps)) / count,
+            "logp_gap_off_max": engine.max(max(gaps, default=0.0)),
+        }
+
+    def _prove(self, step: int) -> dict[str, float]:
+        """Before an engine samples anything that is trained on: does it compute the model?"""
+        learner, recipe = self.learner, self.config.quant
+        samples = self._clean_samples(step)
+        gaps = learner.engine.gather_objects(self._gaps(samples))
+        dropped: list[float] = []
+        if learner.quantized is not None and recipe.quantizes_input:
+            with learner.quantized.inputs_in_16_bits():
+                dropped = learner.engine.gather_objects(self._gaps(samples))
+        gate = Gate(gaps, dropped)
+        gate.check(learner.sampler.name, self.config.dapo.logp_gap_limit)
+        learner.sampler.proven = True
+        metrics = learner.sampler_proof = gate.metrics()
+        learner.say(
+            f"rollout.engine {learner.sampler.name} computes the trained model: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        )
+        return metrics
+
+    def _clean_samples(self, step: int) -> list[Sample]:
+        """Completions of a few prompts, sampled without noise; all of them on every rank."""
         learner, engine = self.learner, self.learner.engine
         problems = learner.training_problems(self.cursor, self.config.dapo.gap_prompts)
         prompts = [learner.encode(p) for p in problems]
         keys = [(self.config.run.seed, step, i, GAP_STREAM) for i in range(len(prompts))]
         mine = slice(engine.rank, None, engine.world_size)
         with engine.for_generation() as model, learner.phase("rollout"):
+            learner.sampler.follow(model)
             completions = self._sample(model, step, prompts[mine], keys[mine])
         local = [
             Sample(p, c.tokens, rollout_logp=c.logp)
             for p, c in zip(prompts[mine], completions, strict=True)
         ]
+        return engine.gather_objects(local)
+
+    def _gaps(self, samples: list[Sample]) -> list[float]:
+        """|log pi_old - log pi_rollout| of each token of this rank's share of ``samples``."""
         gaps: list[float] = []
-        samples = engine.gather_objects(local)
-        with learner.phase("training"):
+        with self.learner.phase("training"):
             for batch in self._batches(samples):
                 for s, logp in zip(batch, self._logp(batch), strict=True):
                     if s.weight:
                         assert s.rollout_logp is not None
                         gaps += [abs(a - b) for a, b in zip(logp, s.rollout_logp, strict=True)]
-        count = engine.sum(float(len(gaps)))
-        return {
-            "logp_gap_off_mean": engine.sum(sum(gaps)) / count,
-            "logp_gap_off_max": engine.max(max(gaps, default=0.0)),
-        }
+        return gaps
 
     def check(self, done: int, metrics: dict[str, Any]) -> None:
         """Raise ``TrainingError`` if rollout and training differ with noise off after step
@@ -393,6 +435,10 @@ class _Totals:
     def __init__(self) -> None:
         self.sums = dict.fromkeys(self.NAMES, 0.0)
         self.gap_max = 0.0
+        self.divergence: float | None = None  # without a teacher
+
+    def add_divergence(self, divergence: torch.Tensor, batch: Batch) -> None:
+        self.divergence = (self.divergence or 0.0) + float((divergence * batch.mask).sum())
 
     def add(
         self,
@@ -420,8 +466,12 @@ class _Totals:
         count = total["tokens"]
         if count == 0:
             return {}  # nothing was measured; a gap of zero would pass the gate
+        distilled = {}
+        if self.divergence is not None:
+            distilled["distill_kl"] = engine.sum(self.divergence) / count
         return {
             "loss": total["loss"] / count,
+            **distilled,
             f"logp_gap_{noise}_mean": total["gap"] / count,
             f"logp_gap_{noise}_max": engine.max(self.gap_max),
             "clip_fraction_low": total["low"] / count,

@@ -33,6 +33,14 @@ import torch
 from torch import nn
 
 from npu_qat.config import DeepSpeedSection, TrainConfig
+from npu_qat.training.accelerators import (
+    COLLECTIVES,
+    check_accelerator,
+    check_zero_overrides,
+    gather_bytes,
+    resolve_stage,
+    zero_settings,
+)
 
 # Keys of the DeepSpeed configuration that this program decides.
 _RESERVED = {
@@ -61,6 +69,8 @@ def launch_environment(device: torch.device) -> None:
     """Join the process group, or make one of a single process. Call before any model; a second
     call does nothing.
 
+    Raises ValueError if DeepSpeed was imported before and took another accelerator.
+
     Respects the variables that torchrun and the deepspeed launcher set. Those that it fills in for
     a single process it takes away again, for programs that this process starts would take them for
     their own launcher's.
@@ -86,9 +96,10 @@ def launch_environment(device: torch.device) -> None:
         # machines without a compiler. The table is private; if it goes away, so has the reason.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
+    check_accelerator(device.type)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(int(os.environ["LOCAL_RANK"]))
-    backend = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[device.type]
+    backend = COLLECTIVES[device.type]
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     for name in filled_in:
         del os.environ[name]
@@ -127,7 +138,8 @@ class Engine:
         fp16: activations are fp16, so that the loss needs a scale.
 
     Raises:
-        ValueError: a reserved key in ``deepspeed.overrides``, or no trainable parameter.
+        ValueError: a reserved key in ``deepspeed.overrides``, one that the device cannot do, or no
+            trainable parameter.
     """
 
     def __init__(
@@ -141,12 +153,16 @@ class Engine:
         import deepspeed
 
         self.loss_scale = train.loss_scale or (FP16_LOSS_SCALE if fp16 else 1.0)
-        self.zero_stage = section.zero_stage
+        self.rank, self.world_size = world()
+        self.device = next(model.parameters()).device
+        self.zero_stage = resolve_stage(section.zero_stage, self.device.type, self.world_size)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("the model has no trainable parameter; add adapters first")
         wrong = [n for n, p in self.trainable.items() if p.dtype != torch.float32]
         assert not wrong, f"master weights must be fp32: {wrong[:3]}"
+        if self.zero_stage == 3:
+            gather_bytes(model, self.device)
         dtypes = {n: p.dtype for n, p in model.named_parameters()}
         optimizer = torch.optim.AdamW(
             self.trainable.values(),
@@ -157,7 +173,7 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_config(train, section),
+            config=_config(train, section, self.zero_stage, self.device.type),
             dist_init_required=False,
         )
         changed = [n for n, p in model.named_parameters() if p.dtype != dtypes[n]]
@@ -166,8 +182,6 @@ class Engine:
                 f"DeepSpeed cast {changed[0]} to another dtype; this version of DeepSpeed is not "
                 "supported (see constraints.txt for the tested one)"
             )
-        self.rank, self.world_size = world()
-        self.device = next(model.parameters()).device
         self._bad_gradient: dict[str, torch.Tensor] = {}
         self._largest: dict[str, torch.Tensor] | None = {}
         # Largest |gradient| of each parameter in the first update that had any, times the number of
@@ -426,20 +440,25 @@ class Engine:
 
     def sum(self, value: float) -> float:
         """The sum of ``value`` over ranks, in fp64."""
-        if self.world_size == 1:
-            return value
-        # fp32 on accelerators without fp64 collectives would lose counts above 2^24.
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return float(tensor)
+        return sum(self._values_of_all(value))
 
     def max(self, value: float) -> float:
         """The largest ``value`` over ranks."""
+        return max(self._values_of_all(value))
+
+    def _values_of_all(self, value: float) -> list[float]:
+        """``value`` of every rank, exact.
+
+        Gathered as the bits of an int64 and added up here: fp32 would lose counts above 2^24, and
+        HCCL reduces no fp64.
+        """
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return float(tensor)
+            return [value]
+        bits = torch.tensor([value], dtype=torch.float64).view(torch.int64).to(self.device)
+        everyone = bits.new_empty(self.world_size)
+        torch.distributed.all_gather_into_tensor(everyone, bits)
+        values: list[float] = everyone.cpu().view(torch.float64).tolist()
+        return values
 
     def gather_objects(self, mine: list[Any]) -> list[Any]:
         """The lists of all ranks, joined in the order of ranks, on every rank."""
@@ -463,22 +482,19 @@ def _check_norm(norm: float) -> None:
         )
 
 
-def _config(train: TrainConfig, section: DeepSpeedSection) -> dict[str, Any]:
+def _config(
+    train: TrainConfig, section: DeepSpeedSection, stage: int, device: str
+) -> dict[str, Any]:
     if reserved := sorted(_RESERVED & set(section.overrides)):
         raise ValueError(
             f"deepspeed.overrides: {reserved[0]!r} is decided by this program; see the train "
             "section for batch sizes, clipping and the optimiser"
         )
-    zero: dict[str, Any] = {"stage": section.zero_stage, "overlap_comm": False}
-    if section.zero_stage == 3:
-        # Adapters are small: without this nearly all of them would stay whole on every rank.
-        zero["stage3_param_persistence_threshold"] = 0
-        # DeepSpeed would replace torch's linear, for the whole process, by one that rounds the
-        # product before it adds the bias: in 16 bits that is another model than at other stages.
-        zero["memory_efficient_linear"] = False
     overrides = dict(section.overrides)
-    zero |= overrides.pop("zero_optimization", {})
-    if zero["stage"] != section.zero_stage:
+    asked = overrides.pop("zero_optimization", {})
+    check_zero_overrides(asked, device)
+    zero = zero_settings(stage, device) | asked
+    if zero["stage"] != stage:
         raise ValueError("set the ZeRO stage by deepspeed.zero_stage, not by overrides")
     return {
         "train_micro_batch_size_per_gpu": 1,

@@ -19,15 +19,17 @@ import torch
 
 from npu_qat.config import RunConfig, TrainConfig
 from npu_qat.layers import QuantizedModel
-from npu_qat.layers.base_model import prompt_ids
+from npu_qat.layers.base_model import answer_ids, prompt_ids
 from npu_qat.noise import AQN
 from npu_qat.tasks import Problem, Task
 from npu_qat.training.bad_module import first_bad_module
 from npu_qat.training.batches import Batch
 from npu_qat.training.checkpoint import Checkpoint, load_newest, save_checkpoint
 from npu_qat.training.dapo import Dapo, Group
+from npu_qat.training.distill import Teacher
 from npu_qat.training.engine import Engine, TrainingError
 from npu_qat.training.rundir import METRICS, SAMPLES, RunDirectory
+from npu_qat.training.samplers import ModuleSampler, Sampler
 from npu_qat.training.sft import Sft
 
 # Completions a step that are kept for reading.
@@ -83,6 +85,8 @@ class Learner:
         rundir: where records go.
         say: prints a line to the user.
         should_stop: asked often; True when the user wants the run to end.
+        teacher: what the arm is distilled from, or None.
+        sampler: who samples rollouts; default the modules themselves.
     """
 
     def __init__(
@@ -99,16 +103,26 @@ class Learner:
         rundir: RunDirectory,
         say: Callable[[str], None],
         should_stop: Callable[[], bool] = lambda: False,
+        teacher: Teacher | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.arm, self.config, self.engine = arm, config, engine
         self.quantized, self.aqn, self.tokenizer = quantized, aqn, tokenizer
         self.eos_ids, self.task, self.steps = list(eos_ids), task, steps
         self.rundir, self.say, self.should_stop = rundir, say, should_stop
+        self.teacher = teacher
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = self.eos_ids[0]
+        self.sampler: Sampler = sampler or ModuleSampler(
+            self.eos_ids, self.pad_id, config.rollout.batch_size
+        )
+        # What the sampler's comparison with the modules measured, once it was made.
+        self.sampler_proof: dict[str, float] = {}
         self.method = Dapo(self) if config.train.method == "dapo" else Sft(self)
         self.updates = 0
+        # Steps whose loss held a finite divergence from the teacher.
+        self.distilled_steps = 0
         # Steps made by this process; a resumed run that was finished makes none.
         self.steps_made = 0
         self.noise_records: list[dict[str, Any]] = []
@@ -151,6 +165,7 @@ class Learner:
                 self._stop(done)
             done += 1
             self.steps_made += 1
+            self.distilled_steps += metrics.get("distill_kl") is not None
             metrics = {"lr": lr, "seconds": time.time() - started, **metrics}
             self.rundir.append(METRICS, {"arm": self.arm, "step": done, "time": started, **metrics})
             # After the record, which shows what stopped the run; before the checkpoint.
@@ -180,6 +195,7 @@ class Learner:
         """Positions, and the evidence for the audit of the whole run."""
         return {
             "updates": self.updates,
+            "distilled_steps": self.distilled_steps,
             "method": self.method.state(),
             "noise": list(self.noise_records),
             "first_gradients": self.engine.first_gradients,
@@ -187,6 +203,7 @@ class Learner:
 
     def _load_counters(self, counters: dict[str, Any]) -> None:
         self.updates = counters["updates"]
+        self.distilled_steps = counters["distilled_steps"]
         self.method.load_state(counters["method"])
         self.noise_records = counters["noise"]
         self.engine.keep_first_gradients(counters["first_gradients"])
@@ -244,8 +261,7 @@ class Learner:
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an assistant's answer, with the token that ends it."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        return answer_ids(self.tokenizer, text)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of a completion, without special tokens."""
@@ -277,6 +293,7 @@ class Learner:
                     "phase": phase,
                     **metrics,
                     "norms_expected": record.norms_expected,
+                    "rms_realized": record.rms_realized,
                     "inert": record.inert,
                 }
             )

@@ -1,7 +1,7 @@
 """Sampling completions through the very modules that are trained.
 
 Rows are decoded together with a KV cache; prompts are padded on the left once, finished rows leave
-the batch. Two properties matter more than speed here:
+the batch (``decode`` has what makes a step cheap). Two properties matter more than speed here:
 
 * **Reproducible by row.** The random numbers of a row come from its own counter-based stream, keyed
   by (seed, step, prompt, generation), and a token is drawn by inverting the cumulative
@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from npu_qat.training.decode import RecordedStep, can_record, roomy_cache
 from npu_qat.training.engine import TrainingError
 
 # Rows leave the batch when at most this share of them is still running: the copy of the cache then
-# costs less than the rows save.
+# costs less than the rows save. A recorded step must be recorded anew, which takes two steps' time.
 COMPACT_BELOW = 0.75
+COMPACT_RECORDED_BELOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = _Batch(model, [prompts[i] for i in rows], eos_ids, pad_id)
+        batch = _Batch(model, [prompts[i] for i in rows], eos_ids, pad_id, params.max_new_tokens)
         uniforms = None
         if params.temperature > 0:
             uniforms = row_uniforms([keys[i] for i in rows], params.max_new_tokens)
@@ -109,19 +111,25 @@ class _Batch:
     """The running rows of one decode: tokens, mask, cache, and which row is where."""
 
     def __init__(
-        self, model: Any, prompts: list[list[int]], eos_ids: Sequence[int], pad_id: int
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_new_tokens: int,
     ) -> None:
-        from transformers import DynamicCache
-
         self.model = model
         self.device = next(model.parameters()).device
         width = max(map(len, prompts))
         ids = [[pad_id] * (width - len(p)) + p for p in prompts]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts]
         self.ids = torch.tensor(ids, device=self.device)
-        self.mask = torch.tensor(mask, device=self.device)
-        self.position = self.mask.cumsum(-1).sub(1).clamp(min=0)
-        self.cache = DynamicCache(config=model.config)
+        self.mask = torch.tensor(mask, device=self.device)  # of the longest completion
+        self.length = width
+        self.position = self.mask[:, :width].cumsum(-1).sub(1).clamp(min=0)
+        self.cache = roomy_cache(model.config, width + max_new_tokens)
+        self.records = can_record(model, self.cache)
+        self.recorded: RecordedStep | None = None
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.rows = torch.arange(len(prompts))
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -148,15 +156,23 @@ class _Batch:
             if done_here.all():
                 break
             self._append(token)
-            if (~done_here).float().mean() <= COMPACT_BELOW:
+            below = COMPACT_RECORDED_BELOW if self.records else COMPACT_BELOW
+            if (~done_here).float().mean() <= below:
                 self._keep(~done_here)
                 done = done[~done]
         return self._collect(steps_token, steps_logp, steps_rows, finished)
 
     def _forward(self) -> torch.Tensor:
+        filled = self.length - self.ids.shape[1]
+        if self.records and filled > 0:
+            if self.recorded is None:
+                self.recorded = RecordedStep(
+                    self.model, self.cache, self.mask[:, :filled], self.position
+                )
+            return self.recorded(self.ids[:, 0])
         out = self.model(
             input_ids=self.ids,
-            attention_mask=self.mask,
+            attention_mask=self.mask[:, : self.length],
             position_ids=self.position,
             past_key_values=self.cache,
             use_cache=True,
@@ -166,12 +182,13 @@ class _Batch:
 
     def _append(self, token: torch.Tensor) -> None:
         self.ids = token[:, None]
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.length += 1
         self.position = self.position[:, -1:] + 1
 
     def _keep(self, running: torch.Tensor) -> None:
         index = running.nonzero().flatten()
         on_device = index.to(self.device)
+        self.recorded = None
         self.ids, self.mask = self.ids[on_device], self.mask[on_device]
         self.position = self.position[on_device]
         self.cache.batch_select_indices(on_device)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: imitate the worked solutions, through the same quantised modules.
 
 The loss is the mean over the answer's tokens of the update, on all ranks. A step is one update.
+With a teacher (``distill``) each token's loss is mixed with the divergence from it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.training.batches import Sample, collate, completion_logp, micro_batches
+from npu_qat.training.batches import (
+    Sample,
+    collate,
+    data_digest,
+    micro_batches,
+    of_tokens,
+    position_logp,
+)
 
 if TYPE_CHECKING:
     from npu_qat.tasks import Problem
@@ -47,12 +55,18 @@ class Sft:
         batches = micro_batches(
             samples, self.config.train.micro_batch_size, engine.rank, engine.world_size
         )
-        total = 0.0
+        total = divergences = 0.0
+        teacher = learner.teacher
         with learner.phase("training"), learner.noise(step, "training") as noise:
             for i, micro in enumerate(batches):
                 batch = collate(micro, learner.pad_id, engine.device)
-                logp = completion_logp(engine.ds, batch)
-                loss = -(logp * batch.mask).sum() / tokens
+                logp = position_logp(engine.ds, batch)
+                losses = -of_tokens(logp, batch)
+                if teacher is not None:
+                    divergence = teacher.divergence(batch, logp)
+                    divergences += float((divergence.detach() * batch.mask).sum()) / tokens
+                    losses = teacher.mixed(losses, divergence)
+                loss = (losses * batch.mask).sum() / tokens
                 learner.check_loss(loss, batch, step)
                 total += float(loss.detach())
                 engine.backward(loss * engine.world_size, last=i == len(batches) - 1)
@@ -60,8 +74,12 @@ class Sft:
                     engine.between_micro_batches()
             norm = learner.optimizer_step(step)
         seconds = time.perf_counter() - started
+        distilled = {} if teacher is None else {"distill_kl": engine.sum(divergences)}
         return {
             "loss": engine.sum(total),
+            **distilled,
+            "updates": 1,
+            "data": data_digest(problems),
             "grad_norm": norm,
             "tokens_per_second": tokens / seconds,
             "update_seconds": seconds,

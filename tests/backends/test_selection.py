@@ -33,8 +33,8 @@ NONE = {
 def test_the_cpu_is_always_there() -> None:
     chosen = select("cpu")
     assert chosen.device == torch.device("cpu")
-    assert isinstance(chosen.backend, EmulationBackend)
-    assert "cpu (asked for; " in chosen.reason and "emulation" in chosen.reason
+    assert chosen.backend.name == ("cpu" if importlib.util.find_spec("numba") else "emulation")
+    assert "cpu (asked for; " in chosen.reason and f"by {chosen.backend.name}" in chosen.reason
 
 
 def test_auto_says_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +116,7 @@ def npu_stack(
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(selection.npu_installation, "device_nodes", lambda: ["/dev/davinci0"])
     if npu is not None:
         monkeypatch.setattr(torch, "npu", npu, raising=False)
 
@@ -134,8 +135,8 @@ def test_no_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (ImportError("libhccl.so: cannot open shared object file"), "set_env.sh"),
-        (RuntimeError("version mismatch"), "version mismatch"),
+        (ImportError("libhccl.so: cannot open shared object file"), "CANN's environment is not"),
+        (RuntimeError("version mismatch"), "torch_npu cannot be imported: version mismatch"),
         (AttributeError("torch has no attribute x"), "no attribute x"),
     ],
 )
@@ -145,15 +146,27 @@ def test_torch_npu_that_cannot_be_imported(
     npu_stack(monkeypatch, import_error=error)
     found = probe("npu")
     assert not found.available
-    assert "torch_npu cannot be imported" in found.detail and hint in found.detail
+    assert hint in found.detail
 
 
 def test_torch_npu_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container image with CANN but no device: DeepSpeed would pick the NPU here."""
     npu_stack(monkeypatch, npu=SimpleNamespace(is_available=lambda: False))
-    assert probe("npu") == Probe(
-        "npu", False, "torch_npu is installed but sees no NPU (driver? devices?)"
-    )
+    found = probe("npu")
+    assert not found.available
+    assert "torch_npu is installed but sees no NPU" in found.detail
+    assert "ASCEND_RT_VISIBLE_DEVICES" in found.detail
+
+
+def test_torch_npu_is_not_even_imported_where_there_is_no_device_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Importing it would break the optimisers of a run on the CPU."""
+    npu_stack(monkeypatch, import_error=AssertionError("imported"))
+    monkeypatch.setattr(selection.npu_installation, "device_nodes", list)
+    found = probe("npu")
+    assert not found.available
+    assert "no /dev/davinci*" in found.detail and "--device" in found.detail
 
 
 def raising(error: Exception) -> Callable[..., object]:

@@ -12,6 +12,7 @@ from torch import nn
 from npu_qat.config import LoraSection, Recipe
 from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
 from npu_qat.layers.lora import QatLoraLinear
+from npu_qat.numerics import fake_quant
 from tests.training.tiny import tiny_model
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -94,6 +95,28 @@ def test_lora_on_the_full_input_leaks_some_gradient_into_all() -> None:
     quantised = Recipe(use_ste=False, lora_input="quantised")
     never = by_projection(gradients(adapted(quantised, live=True)[0].train()), "lora_B")
     assert never["q_proj"] == [0.0, 0.0] and min(never["down_proj"]) > 0
+
+
+def test_without_it_a_hook_behind_the_wrapper_leaves_no_adapter_any_gradient() -> None:
+    """The earliest W4A4 runs quantised what the LoRA wrapper returned: nothing could learn."""
+    recipe = Recipe(use_ste=False, injection_point="weight_output", lora_output="quantised")
+    model, _ = adapted(recipe, live=True)
+    assert all(float(g.abs().max()) == 0.0 for g in gradients(model.train()).values())
+    helped, _ = adapted(recipe.model_copy(update={"use_ste": True}), live=True)
+    found = by_projection(gradients(helped.train()), "lora_B")
+    assert all(value > 0 for values in found.values() for value in values)
+
+
+def test_a_quantised_lora_output_is_the_quantised_sum() -> None:
+    recipe = Recipe(injection_point="weight_output", lora_output="quantised")
+    model, _ = adapted(recipe, live=True)
+    layer = next(m for m in model.modules() if isinstance(m, QatLoraLinear))
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    adapter = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+    expected = fake_quant(layer.get_base_layer()(x) + adapter, recipe.activation_profile)
+    assert torch.equal(layer(x), expected)
+    full, _ = adapted(recipe.model_copy(update={"lora_output": "full"}), live=True)
+    assert not torch.equal(logits(model), logits(full))
 
 
 @pytest.mark.parametrize("lora_input", ["full", "quantised"])

@@ -11,6 +11,7 @@ from npu_qat.backends import EmulationBackend
 from npu_qat.config import Recipe
 from npu_qat.layers import QuantizedModel, QuantLinear, prepare_model
 from npu_qat.layers.quant_linear import SharedInput
+from npu_qat.numerics import dequantize, quantize
 from tests.layers.oracle import mxfp4, nvfp4
 
 NVFP4 = {"weight_profile": "nvfp4", "activation_profile": "nvfp4"}
@@ -133,16 +134,28 @@ def test_values_that_the_dtype_cannot_hold_are_refused(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["image", "packed"])
-def test_a_two_level_profile_with_fp32_scales_is_exact_in_fp32_and_refused_in_bf16(
-    storage: str,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_dual_level_layer_multiplies_in_fp32_because_its_scales_are_fp32(
+    storage: str, dtype: torch.dtype
 ) -> None:
-    recipe = Recipe(weight_profile="ascend950-dual", base_storage=storage)
-    model = nn.ModuleDict({"proj": nn.Linear(640, 32)})
-    handle = prepare_model(model, recipe)
-    model["proj"](torch.randn(3, 640))
+    dual = {"weight_profile": "ascend950-dual", "activation_profile": "ascend950-dual"}
+    linear = nn.Linear(640, 32).to(dtype)
+    x = (3 * torch.randn(5, 640)).to(dtype).requires_grad_(True)
+    model = nn.ModuleDict({"proj": linear})
+    handle = prepare_model(model, Recipe(base_storage=storage, **dual))
+    y = model["proj"](x)
     handle.audit.verify(model)
-    with pytest.raises(ValueError, match=r"not exact in torch\.bfloat16"):
-        quantized_layer(nn.Linear(640, 32).bfloat16(), recipe)
+
+    def values(t: torch.Tensor) -> torch.Tensor:
+        return dequantize(quantize(t, "ascend950-dual"), torch.float32)
+
+    weight = values(linear.weight)
+    wanted = values(x) @ weight.T + linear.bias.float()
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, wanted.to(dtype))
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(grad, (torch.ones(5, 32) @ weight).to(dtype))
+    assert model["proj"].weight.dtype == dtype
 
 
 # --- nothing is mutated ---------------------------------------------------------------------
@@ -192,12 +205,12 @@ def test_siblings_quantise_their_input_once() -> None:
 def test_recomputation_quantises_once_more(reentrant: bool) -> None:
     backend = Counting()
     model = block()
-    prepare_model(model, Recipe(), backend)
+    prepare_model(model, Recipe(base_storage="packed"), backend)
     x = rows().requires_grad_(True)
     y = checkpoint(model["layers"][0], x, use_reentrant=reentrant)
     y.sum().backward()
     # The kind that is not reentrant stops as soon as it has what the backward pass saved, and the
-    # frozen o_proj saves nothing.
+    # frozen o_proj saves nothing (in image storage, nothing but its weight).
     assert backend.calls == (4 if reentrant else 3)
 
 

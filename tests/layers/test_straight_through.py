@@ -181,21 +181,36 @@ def test_a_frozen_linear_keeps_no_weight_for_the_backward_pass() -> None:
     x = torch.randn(4, 32, requires_grad=True)
     held: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        y = FrozenLinear.apply(x, None, unpack)
+        y = FrozenLinear.apply(x, lambda t: t @ unpack().T, unpack)
     assert held == [] and len(unpacked) == 1
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert len(unpacked) == 2
     assert torch.allclose(grad, torch.ones(4, 8) @ weight)
 
 
-def test_a_frozen_linear_asks_for_its_weight_once_where_no_gradient_is_wanted() -> None:
-    unpacked = []
+def test_a_frozen_linear_asks_for_no_weight_where_no_gradient_is_wanted() -> None:
+    def never() -> torch.Tensor:
+        raise AssertionError("the backward pass has not come")
 
-    def unpack() -> torch.Tensor:
-        unpacked.append(1)
-        return torch.ones(8, 32)
+    y = FrozenLinear.apply(torch.ones(4, 32), lambda t: t.sum(-1, keepdim=True), never)
+    assert not y.requires_grad
+    assert torch.equal(y, torch.full((4, 1), 32.0))
 
-    bias = torch.randn(8)
-    y = FrozenLinear.apply(torch.ones(4, 32), bias, unpack)
-    assert not y.requires_grad and len(unpacked) == 1
-    assert torch.allclose(y, torch.full((4, 8), 32.0) + bias)
+
+def test_the_gradient_of_an_opaque_product_goes_through_the_weight_in_the_inputs_dtype() -> None:
+    """A product on codes is no torch graph, and its weight may be wider than its result."""
+    weight = torch.randn(8, 32)
+    x = torch.randn(4, 32).bfloat16().requires_grad_(True)
+    y = FrozenLinear.apply(x, lambda t: torch.ones(4, 8, dtype=torch.bfloat16), lambda: weight)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert grad.dtype == torch.bfloat16
+    assert torch.equal(grad, (torch.ones(4, 8) @ weight).bfloat16())
+
+
+@pytest.mark.parametrize("use_ste", [True, False])
+def test_a_quantiser_may_return_a_wider_dtype(use_ste: bool) -> None:
+    x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    y = quantize_activation(x, torch.Tensor.float, use_ste=use_ste)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.dtype == torch.float32
+    assert torch.equal(grad, torch.full_like(x, float(use_ste)))

@@ -153,7 +153,7 @@ def test_deterministic_mode_changes_nothing() -> None:
 def test_global_torch_settings_change_nothing(name: str) -> None:
     x = sample(8, 100, dtype=torch.bfloat16)
     want = fake_quant(x, name)
-    scales._e8m0_tables.cache_clear()
+    scales.e8m0_tables.cache_clear()
     e2m1._values.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
