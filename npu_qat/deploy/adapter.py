@@ -111,7 +111,31 @@ def bind_adapter(adapter: Adapter, base: Path, fingerprint: str) -> None:
     target.mkdir()
     for name in (_CONFIG, _WEIGHTS):
         shutil.copyfile(adapter.folder / name, target / name)
-    (target / BINDING).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+    write_binding(target, fingerprint)
+
+
+def write_binding(folder: Path, fingerprint: str) -> None:
+    """Write into an adapter's ``folder`` which base it was trained on."""
+    (folder / BINDING).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+
+
+def refuse_other_base(adapter: Adapter, *fingerprints: str) -> None:
+    """Refuse an adapter that says it was trained on a base with none of ``fingerprints``.
+
+    One that says nothing (of another tool, or of a run from before) is let through.
+
+    Raises:
+        AdapterMismatch: it was trained on another base.
+    """
+    if not (adapter.folder / BINDING).exists():
+        return
+    bound = bound_fingerprint(adapter.folder)
+    if bound not in fingerprints:
+        raise AdapterMismatch(
+            f"{adapter.folder} was trained on another base (fingerprint {bound[:16]}...) than the "
+            f"one that is exported ({fingerprints[0][:16]}...); export the model and recipe of its "
+            "run"
+        )
 
 
 def bound_fingerprint(folder: Path) -> str:

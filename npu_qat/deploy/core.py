@@ -43,8 +43,9 @@ class PackedCore:
         merge: an adapter that is added to the 16-bit weights before they are quantised, or None.
         input_scales: linear -> calibrated fp32 tensor scale of its input, for activation profiles
             with one (NVFP4).
-        trained_errors: linear -> ||W - Q(W)|| / ||W|| as the run's audit measured it; where it is
-            given, ``entries`` raises ValueError if the checkpoint's weights have another one.
+        trained_errors: linear -> ||W - Q(W)|| / ||W|| as the audit of a run without a fingerprint
+            measured it; where it is given, ``entries`` raises ValueError if the checkpoint's
+            weights have another one.
         plan: what becomes of each linear.
         survival: what quantisation left of a merged adapter, by linear; filled by ``entries``.
 
@@ -256,7 +257,7 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
+        self._lines: dict[str, str] = {}
 
     def add(self, name: str, value: Value) -> None:
         """Take in one entry of a core."""
@@ -270,11 +271,25 @@ class Fingerprint:
             value = divisor(value) if name.endswith(f".{INPUT_SCALE}") else value
             for piece in value.reshape(-1).split(PIECE):
                 digest.update(raw_bytes(piece.float()))
-        self._lines.append(f"{name} {digest.hexdigest()}\n")
+        self._lines[name] = f"{name} {digest.hexdigest()}\n"
 
-    def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
-        return hashlib.sha256("".join(sorted(self._lines)).encode()).hexdigest()
+    def hexdigest(self, *, input_scales: bool = True) -> str:
+        """64 hexadecimal digits; with ``input_scales=False`` without calibrated input scales, which
+        only some formats store."""
+        lines = [
+            line
+            for name, line in self._lines.items()
+            if input_scales or not name.endswith(f".{INPUT_SCALE}")
+        ]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def fingerprint_of(core: PackedCore) -> Fingerprint:
+    """The fingerprint of ``core``, tensor by tensor."""
+    fingerprint = Fingerprint()
+    for name, value in core.entries():
+        fingerprint.add(name, value)
+    return fingerprint
 
 
 def divisor(tensor_scale: torch.Tensor) -> torch.Tensor:
@@ -304,6 +319,11 @@ def _refuse_recipe(recipe: Recipe) -> None:
         raise ValueError(
             "quant.block_axis: column cannot be deployed: hardware needs the blocks of a weight "
             "along 'in', the axis that the matmul sums over. Train with block_axis: row"
+        )
+    if recipe.rotates:
+        raise ValueError(
+            f"quant.rotation: {recipe.rotation} is not servable by stock vllm-ascend, which does "
+            "not rotate the inputs of a linear; train with rotation: none to export"
         )
     profile = get_profile(recipe.weight_profile)
     if profile.level0_block or profile.scale_format == "e4m3_480":

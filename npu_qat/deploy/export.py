@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from npu_qat.__about__ import __version__
-from npu_qat.deploy.adapter import Adapter, bind_adapter
+from npu_qat.deploy.adapter import Adapter, bind_adapter, refuse_other_base
 from npu_qat.deploy.checksums import write_checksums
-from npu_qat.deploy.core import Fingerprint, PackedCore, Survival
+from npu_qat.deploy.core import Fingerprint, PackedCore, Survival, fingerprint_of
 from npu_qat.deploy.formats import RECORD, Writer
 from npu_qat.deploy.shards import ShardedWriter
 from npu_qat.deploy.validate import validate
@@ -67,6 +67,7 @@ def export(
     *,
     adapter: Adapter | None = None,
     any_activations: bool = False,
+    trained: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Exported:
@@ -79,20 +80,28 @@ def export(
         adapter: a LoRA adapter to put beside the base, bound to it by the fingerprint.
         any_activations: True: export for Ascend although the NPU rounds the inputs of linears
             otherwise than training did.
+        trained: fingerprint of the base that the run trained on, without input scales; None if it
+            is not known.
         shard_bytes: size of a safetensors file at which the next one begins.
         progress: called with the name of each entry when it is written.
 
     Raises:
         ValueError: the model, the recipe, the adapter or the folder does not fit, or the result
-            does not pass ``validate``; nothing is left in ``output``.
+            does not pass ``validate``, or the checkpoint is not the model that was trained; nothing
+            is left in ``output``.
     """
     writer.check(core)
     _check_activations(core, writer, any_activations)
     if adapter is not None:
         _check_adapter(core, adapter)
+    if trained is not None and core.merge is not None:
+        # The merged weights have a fingerprint of their own.
+        base = replace(core, merge=None)
+        _check_trained(fingerprint_of(base).hexdigest(input_scales=False), trained, core)
+        trained = None
     partial = _new_folder(output)
     try:
-        exported = _write(core, writer, partial, adapter, shard_bytes, progress)
+        exported = _write(core, writer, partial, adapter, trained, shard_bytes, progress)
         write_checksums(partial)
         findings = validate(partial, tensor_parallel=getattr(writer, "tensor_parallel", 1))
         if findings:
@@ -111,6 +120,7 @@ def _write(
     writer: Writer,
     folder: Path,
     adapter: Adapter | None,
+    trained: str | None,
     shard_bytes: int,
     progress: Callable[[str], None],
 ) -> tuple[str, int, int, dict[str, Any], dict[str, Survival]]:
@@ -127,11 +137,14 @@ def _write(
                 shards.write(stored, tensor)
             fingerprint.add(name, value)
             progress(name)
+    if trained is not None:
+        _check_trained(fingerprint.hexdigest(input_scales=False), trained, core)
     base = fingerprint.hexdigest()
     config = _served_config(core)
     _write_json(folder / "config.json", writer.sign(folder, core, config, owner))
     _copy_companions(core.checkpoint.folder, folder)
     if adapter is not None:
+        refuse_other_base(adapter, base, fingerprint.hexdigest(input_scales=False))
         bind_adapter(adapter, folder, base)
     record = _record(core, writer, adapter, base)
     _write_json(folder / RECORD, record)
@@ -156,6 +169,15 @@ def _record(
         "adapter": "beside" if adapter else "merged" if core.merge else None,
         "merged_adapter_survival": merged,
     }
+
+
+def _check_trained(found: str, trained: str, core: PackedCore) -> None:
+    if found != trained:
+        raise ValueError(
+            f"{core.checkpoint.folder} is not the model that was trained: quantised, it has the "
+            f"fingerprint {found[:16]}..., but the run's base has {trained[:16]}... Restore it, or "
+            "export it without the run (--model)"
+        )
 
 
 def _check_activations(core: PackedCore, writer: Writer, any_activations: bool) -> None:

@@ -13,11 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npu_qat.__about__ import __version__
 from npu_qat.reporting import plots, verdict
 from npu_qat.reporting.rundata import Record, RunData, number, read_run
+
+if TYPE_CHECKING:
+    import jinja2
 
 SAMPLE_STEPS = 3
 """Steps whose sample completions are shown, from the first to the last, for each arm."""
@@ -41,23 +44,12 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunData) -> str:
     """The page of ``run`` as HTML text."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(
         percent=verdict.percent,
         points=verdict.points,
         mark=lambda share: verdict.points(share).removesuffix(".0"),
         span=_span,
-        short=_short,
-        svg=Markup,
     )
     rows = verdict.arms(run)
     comparisons = verdict.comparisons(run)
@@ -71,6 +63,7 @@ def render(run: RunData) -> str:
         mode=verdict.mode(run),
         precision=verdict.precision(run),
         arms=rows,
+        perplexities=verdict.perplexities(run),
         scale=_scale([(a.strict["low"], a.strict["high"]) for a in rows if a.strict], 0.05),
         comparisons=comparisons,
         difference_scale=_scale([*((c.low, c.high) for c in comparisons), (0.0, 0.0)], 0.05),
@@ -81,8 +74,24 @@ def render(run: RunData) -> str:
         gradients=_first_gradients(run.audit.get("first_update_gradients", {})),
         figures=plots.all_figures(run),
         samples=_samples(run),
-        environment=_flatten(run.environment),
+        environment=flatten(run.environment),
     )
+
+
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """Where templates of a page come from: ``folders`` first, then this room with ``style.css``."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(short=_short, svg=Markup)
+    return environment
 
 
 @dataclass(frozen=True)
@@ -204,10 +213,10 @@ def _samples(run: RunData) -> dict[str, list[Record]]:
     return shown
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested objects as (dotted key, text) rows."""
     if isinstance(value, Mapping):
-        return [row for key, inner in value.items() for row in _flatten(inner, f"{prefix}{key}.")]
+        return [row for key, inner in value.items() for row in flatten(inner, f"{prefix}{key}.")]
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return [(prefix.rstrip("."), text)]
 

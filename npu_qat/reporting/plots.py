@@ -82,7 +82,7 @@ def learning(run: RunData) -> Figure | None:
     series = _series(run, "accuracy_train")
     if not series:
         return None
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         ax = axes[0]
         for arm, (steps, values) in series.items():
             color = _arm_color(arm)
@@ -104,7 +104,7 @@ def loss(run: RunData) -> Figure | None:
     series = _series(run, "loss")
     if not series or _series(run, "accuracy_train"):
         return None
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         for arm, (steps, values) in series.items():
             axes[0].plot(steps, values, color=_arm_color(arm), label=_arm_label(run, arm))
         axes[0].set_ylabel("loss")
@@ -119,7 +119,7 @@ def accuracy_by_level(run: RunData) -> Figure | None:
         return None
     levels = sorted({row["level"] for arm in shown for row in run.outcomes[arm.name]})
     groups: list[int | None] = [None, *(levels if len(levels) > 1 else [])]
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         ax = axes[0]
         for i, arm in enumerate(shown):
             offset = (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
@@ -162,7 +162,7 @@ def logp_gap(run: RunData) -> Figure | None:
     if not off and not on:
         return None
     limit = run.setting("dapo.logp_gap_limit")
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         ax = axes[0]
         for arm, (steps, values) in off.items():
             label = f"{_arm_label(run, arm)}, noise off"
@@ -193,7 +193,7 @@ def noise(run: RunData) -> Figure | None:
     found = {arm: records for arm, records in found.items() if records}
     if not found:
         return None
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         ax = axes[0]
         stages = run.audit.get("noise", {}).get("stages", [])
         for i, (first, last, sigma) in enumerate(_planned_noise(stages, found)):
@@ -231,7 +231,7 @@ def signal(run: RunData) -> Figure | None:
     low, high = _series(run, "clip_fraction_low"), _series(run, "clip_fraction_high")
     if not shares and not high:
         return None
-    with _drawing(2) as (axes, finish):
+    with drawing(2) as (axes, finish):
         for arm, (steps, values) in shares.items():
             label = _arm_label(run, arm)
             axes[0].plot(steps, _times(100, values), color=_arm_color(arm), label=label)
@@ -262,7 +262,7 @@ def lengths(run: RunData) -> Figure | None:
     series, cut = _series(run, "completion_length_mean"), _series(run, "truncated_fraction")
     if not series:
         return None
-    with _drawing(2) as (axes, finish):
+    with drawing(2) as (axes, finish):
         for arm, (steps, values) in series.items():
             axes[0].plot(steps, values, color=_arm_color(arm), label=_arm_label(run, arm))
         for arm, (steps, values) in cut.items():
@@ -281,7 +281,7 @@ def speed(run: RunData) -> Figure | None:
     rate = _series(run, "tokens_per_second")
     if not rollout and not update:
         return None
-    with _drawing(2 if rate else 1) as (axes, finish):
+    with drawing(2 if rate else 1) as (axes, finish):
         for arm, (steps, values) in (rollout or update).items():
             axes[0].plot(steps, values, color=_arm_color(arm), label=_arm_label(run, arm))
         if rollout:
@@ -433,7 +433,7 @@ def _error(run: RunData, key: str, slug: str, title: str) -> Figure | None:
     if not any(value > 0.0 for rows in kinds.values() for _, value in rows):
         return None
     names = sorted(kinds, key=lambda k: (_KINDS.index(k) if k in _KINDS else len(_KINDS), k))
-    with _drawing() as (axes, finish):
+    with drawing() as (axes, finish):
         ax = axes[0]
         for i, name in enumerate(names):
             layers, values = zip(*sorted(kinds[name]), strict=True)
@@ -459,7 +459,7 @@ def _error(run: RunData, key: str, slug: str, title: str) -> Figure | None:
 
 
 @contextmanager
-def _drawing(panels: int = 1) -> Iterator[tuple[list[Axes], Callable[..., Figure]]]:
+def drawing(panels: int = 1) -> Iterator[tuple[list[Axes], Callable[..., Figure]]]:
     """Axes in the page's style, one above the other, and the function that makes the ``Figure``."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas

@@ -66,6 +66,21 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """A row of a run that is judged by perplexity.
+
+    ``estimate``: mean, low, high. ``ratio``: the trained arm's over this one's, likewise under
+    ``ratio``, ``low`` and ``high``; empty where there is none.
+    """
+
+    role: Role
+    title: str
+    note: str
+    estimate: Mapping[str, float]
+    ratio: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Headline:
     """The answer in one sentence, its numbers, and what it is worth beside 16-bit training."""
 
@@ -115,18 +130,25 @@ def role(name: str) -> Role:
     return match[1] if match else "other"  # type: ignore[return-value]
 
 
-def arms(run: RunData) -> list[Arm]:
-    """The evaluated arms in reading order."""
+def _described(run: RunData) -> dict[Role, tuple[str, str, str, str]]:
+    """Role -> title, note, numbers of training, numbers of serving."""
     m, p = mode(run), precision(run)
-    described: dict[Role, tuple[str, str, str, str]] = {
+    return {
         "bf16_start": (f"{p} start", "the model as it came", "\u2013", p),
         "ptq": (f"{m} start (PTQ)", "quantised, not trained", "\u2013", m),
         "bf16_lora": (f"{p} LoRA", "trained and served in 16 bits", p, p),
         "served": (f"{p} LoRA in {m}", "that adapter on the quantised base", p, m),
         "trained": (f"{m} LoRA", "trained through the quantised base", m, m),
     }
+
+
+def arms(run: RunData) -> list[Arm]:
+    """The arms whose accuracy was evaluated, in reading order."""
+    described = _described(run)
     rows = []
     for name, values in run.evaluations.get("arms", {}).items():
+        if "answer_perplexity" in values:
+            continue
         kind = role(name)
         title, note, trained_in, served_in = described.get(kind, (name, "", "\u2013", "\u2013"))
         rows.append(
@@ -151,6 +173,8 @@ def comparisons(run: RunData) -> list[Comparison]:
     m, p = mode(run), precision(run)
     found = []
     for row in run.evaluations.get("comparisons", []):
+        if "ratio" in row:
+            continue
         a, b = str(row["a"]), str(row["b"])
         roles = (role(a), role(b))
         terms = f"{titles.get(a, a)} \u2212 {titles.get(b, b)}"
@@ -173,6 +197,44 @@ def comparisons(run: RunData) -> list[Comparison]:
     return sorted(found, key=lambda c: order.index(c.roles) if c.roles in order else len(order))
 
 
+def perplexities(run: RunData) -> list[Perplexity]:
+    """The arms whose perplexity was evaluated, in reading order."""
+    described = _described(run)
+    ratios = {row["b"]: row for row in run.evaluations.get("comparisons", []) if "ratio" in row}
+    found = []
+    for name, values in run.evaluations.get("arms", {}).items():
+        if "answer_perplexity" not in values:
+            continue
+        title, note, _, _ = described.get(role(name), (name, "", "", ""))
+        found.append(
+            Perplexity(role(name), title, note, values["answer_perplexity"], ratios.get(name, {}))
+        )
+    return sorted(found, key=lambda row: ROLE_ORDER.index(row.role))
+
+
+def _perplexity_headline(run: RunData, rows: Sequence[Perplexity]) -> Headline:
+    """What training did to the perplexity of the answers."""
+    m = mode(run)
+    before = next((r for r in rows if r.role == ("bf16_start" if m == "W16A16" else "ptq")), None)
+    after = next((r for r in rows if r.role == "trained"), None)
+    if before is None or after is None or not before.ratio:
+        return _without_gain(m, None, None)
+    low, high = before.ratio["low"], before.ratio["high"]
+    tone = _tone(-high + 1.0, -low + 1.0)
+    change = 100 * abs(before.ratio["ratio"] - 1)
+    text = {
+        "good": f"Training in {m} lowered the perplexity of the answers by {change:.1f}\u202f%.",
+        "bad": f"Training in {m} raised the perplexity of the answers by {change:.1f}\u202f%.",
+        "neutral": f"Training in {m} made no measurable difference.",
+    }[tone]
+    detail = (
+        f"{before.estimate['mean']:.3f} before training, {after.estimate['mean']:.3f} after, both "
+        f"served in {m} with noise off. {confidence(run)} interval of the ratio: {low:.3f} to "
+        f"{high:.3f}, problem by problem."
+    )
+    return Headline(tone, text, detail)
+
+
 def headline(run: RunData) -> Headline:
     """What the run shows, in one sentence."""
     if run.audit.get("verdict") == "fail":
@@ -185,6 +247,8 @@ def headline(run: RunData) -> Headline:
     if run.contradictions:
         text = "The files of this run contradict each other: do not use the numbers below."
         return Headline("bad", text, "The contradictions are listed next.")
+    if rows := perplexities(run):
+        return _perplexity_headline(run, rows)
     m = mode(run)
     before: Role = "bf16_start" if m == "W16A16" else "ptq"
     gains = [c for c in comparisons(run) if c.roles == ("trained", before)]

@@ -20,7 +20,7 @@ from npu_qat.deploy import (
     open_export,
     read_adapter,
 )
-from npu_qat.deploy.adapter import BINDING
+from npu_qat.deploy.adapter import BINDING, write_binding
 from npu_qat.deploy.export import export
 from npu_qat.numerics import fake_quant
 from tests.deploy.models import core_of, save, save_adapter, tiny
@@ -56,6 +56,17 @@ def test_an_adapter_is_refused_on_another_base(tmp_path: Path, recipe: Recipe, s
     export(other, AscendWriter(), tmp_path / "other")
     with pytest.raises(AdapterMismatch, match="was trained on another base"):
         check_adapter(tmp_path / "other", one.folder / "adapter")
+
+
+def test_an_adapter_that_names_its_base_is_exported_with_no_other(tmp_path: Path) -> None:
+    source, adapter = save(tmp_path / "source"), save_adapter(tmp_path / "lora")
+    right = export(core_of(source), AscendWriter(), tmp_path / "right").fingerprint
+    write_binding(adapter, right)
+    export(core_of(source), AscendWriter(), tmp_path / "bound", adapter=read_adapter(adapter))
+    other = core_of(source, Recipe(weight_profile="ascend950-mse"))
+    with pytest.raises(AdapterMismatch, match="was trained on another base"):
+        export(other, AscendWriter(), tmp_path / "other", adapter=read_adapter(adapter))
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_the_commands_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_commands_that_need_a_users_files_are_understood() -> None:
     parsed = [build_parser().parse_args(words) for words in commands("text")]
-    assert len(parsed) == 4 and all(callable(args.run) for args in parsed)
+    assert len(parsed) == 9 and all(callable(args.run) for args in parsed)
 
 
 def test_the_python_block_takes_the_adapter_of_the_base(

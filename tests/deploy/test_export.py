@@ -243,6 +243,7 @@ def test_the_rest_of_a_killed_export_is_not_overwritten(tmp_path: Path) -> None:
         ({"injection_point": "none"}, "leaves the weights in 16 bits"),
         ({"injection_point": "input"}, "leaves the weights in 16 bits"),
         ({"block_axis": "column"}, "block_axis: column cannot be deployed"),
+        ({"rotation": "hadamard32"}, "does not rotate the inputs of a linear"),
         ({"weight_profile": "ascend950-dual"}, "scales that no checkpoint format holds"),
         ({"weight_profile": "fork-nvfp4-row"}, "scales that no checkpoint format holds"),
         ({"weight_profile": "nvfp4-one-level"}, "is not MXFP4"),
