@@ -27,6 +27,7 @@ those taken at the start. Earlier public code logged its sigma and changed no we
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,7 @@ from torch import nn
 
 from npu_qat.config import NoiseConfig
 from npu_qat.config.paths import layer_index
-from npu_qat.noise.measurement import INERT_BELOW, Change, measure, verify
+from npu_qat.noise.measurement import INERT_BELOW, SAMPLING_BOUND, Change, measure, verify
 from npu_qat.noise.multipliers import LayerMultipliers
 from npu_qat.noise.norms import (
     NoiseError,
@@ -51,7 +52,7 @@ from npu_qat.noise.norms import (
 )
 from npu_qat.noise.schedule import Schedule, Stage
 
-__all__ = ["AQN", "PHASES", "NoiseError", "NoiseRecord", "StageCheck"]
+__all__ = ["AQN", "PHASES", "MultiplierCheck", "NoiseError", "NoiseRecord", "StageCheck"]
 
 PHASES = ("rollout", "training", "evaluation")
 
@@ -104,6 +105,29 @@ class StageCheck:
     inert: bool = False
 
 
+@dataclass(frozen=True)
+class MultiplierCheck:
+    """Multipliers from ``first_step`` on, by decoder layer ("other": norms outside of the layers).
+
+    ``measured`` is the root mean square of a draw's differences over sigma, and ``tolerance`` how
+    far it may lie from ``expected``.
+    """
+
+    first_step: int
+    expected: dict[str, float]
+    measured: dict[str, float]
+    tolerance: dict[str, float]
+
+    @property
+    def off(self) -> list[str]:
+        """The layers whose noise is not what was asked for."""
+        return [
+            name
+            for name, multiplier in self.expected.items()
+            if abs(self.measured[name] - multiplier) > self.tolerance[name]
+        ]
+
+
 class AQN:
     """Adaptive quantization noise on the RMSNorms of ``model``.
 
@@ -153,6 +177,7 @@ class AQN:
             layers = [index for index in indices if index is not None]
             self._multipliers = LayerMultipliers(config.layers, layers)
             self.norms = take_norms(model, config)
+            self._refuse_silence()
 
     @property
     def active(self) -> bool:
@@ -201,6 +226,34 @@ class AQN:
             self._refuse_inert(max(noisy, key=lambda check: check.elements_changed_fraction))
         return checks
 
+    def check_multipliers(self) -> list[MultiplierCheck]:
+        """The multiplier of each decoder layer, as configured and as a draw realises it in the
+        norms' dtype; one entry for each change in time. Nothing is changed."""
+        found: list[MultiplierCheck] = []
+        for step in range(self.total_steps if self.schedule is not None else 0):
+            if not self.due(step):
+                continue
+            expected = {_layer_name(norm): self._multiplier(norm, step) for norm in self.norms}
+            if not found or found[-1].expected != expected:
+                found.append(self._check_multipliers(step, expected))
+        return found
+
+    def _check_multipliers(self, step: int, expected: dict[str, float]) -> MultiplierCheck:
+        assert self.schedule is not None
+        sigma = self.schedule.sigma(step)
+        draw = list(zip(map(_layer_name, self.norms), self._draw(step), strict=True))
+        measured, tolerance = {}, {}
+        for name, multiplier in expected.items():
+            changes = [change for layer, change in draw if layer == name]
+            differences = torch.cat([change.difference for change in changes])
+            bounds = torch.cat([change.rounding_bound for change in changes])
+            measured[name] = float(differences.square().mean().sqrt()) / sigma
+            # As in measurement.py: the scatter of a standard deviation, and rounding.
+            tolerance[name] = SAMPLING_BOUND * multiplier / math.sqrt(2 * differences.numel())
+            if multiplier > 0.0:
+                tolerance[name] += float(bounds.square().mean().sqrt()) / sigma
+        return MultiplierCheck(step, expected, measured, tolerance)
+
     def describe(self) -> dict[str, Any]:
         """What the audit keeps about the noise, in JSON types; runs ``check``."""
         if self.schedule is None:
@@ -211,6 +264,7 @@ class AQN:
             "norm_dtype": self._dtype_name,
             "seed": self.seed,
             "norms": [norm.path for norm in self.norms],
+            "multipliers": [asdict(check) for check in self.check_multipliers()],
             "elements": sum(norm.weight.numel() for norm in self.norms),
             "stages": [asdict(check) for check in self.check()],
         }
@@ -242,6 +296,16 @@ class AQN:
 
     def _multiplier(self, norm: Norm, step: int) -> float:
         return self._multipliers.multiplier(norm.layer, step, self.total_steps)
+
+    def _refuse_silence(self) -> None:
+        """Noise that is switched on and never comes is the failure that this module is about."""
+        if not any(self.due(step) for step in range(self.total_steps)):
+            layers = sorted({_layer_name(norm) for norm in self.norms})
+            raise NoiseError(
+                "noise.enabled is true, but in every step the multipliers of all chosen norms are "
+                f"0 (norms in layers {', '.join(layers)}); give one of these layers a multiplier "
+                "above 0 in noise.layers, or change noise.target_modules and noise.exclude"
+            )
 
     def _multiplies(self, step: int) -> bool:
         return any(self._multiplier(norm, step) > 0.0 for norm in self.norms)
@@ -334,3 +398,8 @@ def _noise_seed(seed: int, step: int, path: str) -> int:
     """A 63-bit seed for one norm at one step: equal on every rank and device, at every call."""
     key = f"{seed}/{step}/{path}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def _layer_name(norm: Norm) -> str:
+    """The decoder layer of a norm as a key; "other" for the final norm."""
+    return "other" if norm.layer is None else str(norm.layer)

@@ -57,7 +57,7 @@ def take_norms(model: nn.Module, config: NoiseConfig) -> list[Norm]:
     Raises ``NoiseError`` before anything is changed if no norm is found or chosen, a pattern of the
     configuration selects nothing, or a weight is trainable, partitioned or not loaded.
     """
-    chosen = _select(model, find_rms_norms(model), config)
+    chosen = select_norms(model, find_rms_norms(model), config)
     for path, module in chosen.items():
         _check_weight(path, module, config.norm_dtype)
     for module in chosen.values():
@@ -96,10 +96,10 @@ def _plain_path(path: str) -> str:
     return path
 
 
-def _select(
+def select_norms(
     model: nn.Module, found: dict[str, nn.Module], config: NoiseConfig
 ) -> dict[str, nn.Module]:
-    """The norms that ``target_modules`` and ``exclude`` leave.
+    """The norms that ``target_modules`` and ``exclude`` leave; the model may be on the meta device.
 
     Each target must name some norm. An exclusion must name some module, but not a norm: the
     earlier experiments' lists held ``lm_head`` too.

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from npu_qat.config import LayerSigma, NoiseConfig
+from npu_qat.config import LayerSigma, NoiseConfig, ZoneSchedule
 from npu_qat.noise import AQN, NoiseError
 from npu_qat.noise.measurement import Change
 
@@ -464,3 +464,70 @@ def test_a_restore_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     aqn = aqn_for(tiny())
     with pytest.raises(NoiseError, match="is not what it was before the noise"), aqn.applied(3):
         monkeypatch.setattr("npu_qat.noise.injector.write", lambda weight, values: None)
+
+
+# Multipliers --------------------------------------------------------------------------------------
+
+
+def test_the_multipliers_of_each_layer_are_measured_and_in_the_audit() -> None:
+    layers = LayerSigma(layer_multipliers={0: 0.0, 1: 2.0}, default_multiplier=0.5)
+    aqn = aqn_for(tiny(num_hidden_layers=4), layers=layers)
+    (found,) = aqn.check_multipliers()
+    assert found.expected == {"0": 0.0, "1": 2.0, "2": 0.5, "3": 0.5, "other": 0.5}
+    assert found.measured["0"] == 0.0
+    for name, multiplier in found.expected.items():
+        assert found.measured[name] == pytest.approx(multiplier, rel=0.4)
+    assert found.off == []
+    assert aqn.describe()["multipliers"] == [asdict(found)]
+
+
+def test_multipliers_that_change_with_the_phase_are_listed_once_each() -> None:
+    zones = ZoneSchedule(edge_layers=(0,), middle_layers=(1, 2), late_middle_multiplier=0.25)
+    aqn = aqn_for(tiny(), layers=LayerSigma(zone_schedule=zones))
+    early, late = aqn.check_multipliers()
+    assert early.first_step == 3 and late.first_step == 5  # of 9 steps, the first 3 are clean
+    assert (early.expected["1"], late.expected["1"]) == (1.0, 0.25)
+
+
+def test_multipliers_that_never_reach_the_draw_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The defect of the earlier program: a table that nobody forwarded."""
+    aqn = aqn_for(tiny(num_hidden_layers=4), layers=LayerSigma(layer_multipliers={1: 2.0, 3: 0.25}))
+    draw = aqn._draw
+
+    def uniform(step: int) -> list[Change]:
+        sigma = aqn.schedule.sigma(step)
+        changes = []
+        for change in draw(step):
+            noise = torch.randn(change.noise.shape, generator=torch.Generator().manual_seed(1))
+            changes.append(replace(change, noise=noise * sigma, noisy=change.clean + noise * sigma))
+        return changes
+
+    monkeypatch.setattr(aqn, "_draw", uniform)
+    (found,) = aqn.check_multipliers()
+    assert set(found.off) >= {"1", "3"}
+    with pytest.raises(NoiseError, match="the schedule says"), aqn.applied(3):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": LayerSigma(default_multiplier=0.0, layer_multipliers={1: 1.0}),
+         "exclude": ("layers.1",)},
+        {"layers": LayerSigma(default_multiplier=0.0, layer_multipliers={1: 1.0}),
+         "target_modules": ("norm",)},
+        {"layers": LayerSigma(
+            default_multiplier=0.0,
+            layer_multipliers={0: 1.0, 1: 1.0, 2: 1.0},
+            zone_schedule=ZoneSchedule(
+                edge_layers=(0, 1, 2), middle_layers=(),
+                early_edge_multiplier=0.0, late_edge_multiplier=0.0))},
+    ],
+    ids=["targets excluded", "targets not chosen", "zones at zero"],
+)  # fmt: skip
+def test_multipliers_that_leave_no_noise_at_all_are_an_error(changes: dict[str, object]) -> None:
+    model = tiny()
+    with pytest.raises(NoiseError, match=r"noise\.enabled is true, but in every step"):
+        aqn_for(model, **changes)

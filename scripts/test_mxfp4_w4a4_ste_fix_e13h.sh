@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The log's E13h: MXFP4 with the straight-through estimator.
+exec "$(dirname "$0")/launch.sh" log-e13h "$@"
