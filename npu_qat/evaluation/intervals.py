@@ -168,18 +168,18 @@ def _normal_quantile(confidence: float) -> float:
 def _t_quantile(confidence: float, degrees: int) -> float:
     """Two-sided quantile of Student's t, ``P(|T| < t) = confidence``, by bisection."""
     low, high = 0.0, 1.0
-    while _t_central(high, degrees) < confidence:
+    while t_central(high, degrees) < confidence:
         low, high = high, 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        if _t_central(middle, degrees) < confidence:
+        if t_central(middle, degrees) < confidence:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def _t_central(t: float, degrees: int) -> float:
+def t_central(t: float, degrees: int) -> float:
     """``P(|T| < t)``: Abramowitz and Stegun 26.7.3 (odd degrees) and 26.7.4 (even)."""
     theta = math.atan(t / math.sqrt(degrees))
     sine, cosine = math.sin(theta), math.cos(theta)

@@ -34,6 +34,7 @@ def describe_environment(selection: Any) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": " ".join((platform.system(), *platform.libc_ver())),
         "processor": _processor(),
+        **_accelerator(selection.device),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
@@ -49,6 +50,16 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _accelerator(device: Any) -> dict[str, str]:
+    """The accelerator's own name, if the run is on one."""
+    import torch
+
+    if device.type == "cpu":
+        return {}
+    kind = getattr(torch, device.type)
+    return {"accelerator": str(kind.get_device_name(device))}
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Checks of a whole run that no single layer can make: noise and gradients.
+"""Checks of a whole run that no single layer can make: noise, gradients, distillation.
 
 What is expected comes from the configuration and the schedule, never from the records that are
 being checked: noise that was never asked for leaves no record that could look wrong.
@@ -18,7 +18,13 @@ BEHIND_A_QUANTISER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 def run_checks(learner: Learner) -> list[Check]:
     """The checks of a finished arm."""
-    return [*_noise_checks(learner), _gradient_check(learner)]
+    return [
+        *_noise_checks(learner),
+        *_multiplier_checks(learner),
+        _gradient_check(learner),
+        *_distillation_checks(learner),
+        *_engine_checks(learner),
+    ]
 
 
 def _noise_checks(learner: Learner) -> list[Check]:
@@ -53,6 +59,62 @@ def _noise_check(records: list[dict[str, Any]], phase: str, due: set[int]) -> Ch
     )
 
 
+def _multiplier_checks(learner: Learner) -> list[Check]:
+    """Whether each decoder layer gets its multiple of the noise, if there are multipliers."""
+    aqn, config = learner.aqn, learner.config
+    if not (config.noise.enabled and config.noise.layers.enabled) or aqn is None:
+        return []
+    checks = []
+    for found in aqn.check_multipliers():
+        off = found.off
+        shown = {name: f"{value:.3g}" for name, value in found.expected.items()}
+        measured = {name: f"{value:.3g}" for name, value in found.measured.items()}
+        checks.append(
+            Check(
+                f"noise multipliers by layer from step {found.first_step + 1} on",
+                ", ".join(f"{name}: {value}" for name, value in shown.items()),
+                ", ".join(f"{name}: {value}" for name, value in measured.items())
+                + (f"; off: {', '.join(off)}" if off else ""),
+                not off,
+            )
+        )
+    return checks
+
+
+def _distillation_checks(learner: Learner) -> list[Check]:
+    """Whether the divergence from the teacher was in the loss, if the arm has a teacher."""
+    if learner.teacher is None:
+        return []
+    # A DAPO step without informative groups has no update, so only one step is asked for there.
+    wanted = learner.steps if learner.config.train.method == "sft" else 1
+    return [
+        Check(
+            "the loss holds the divergence from the teacher",
+            f"{wanted} steps or more",
+            f"{learner.distilled_steps} steps",
+            learner.distilled_steps >= wanted,
+        )
+    ]
+
+
+def _engine_checks(learner: Learner) -> list[Check]:
+    """Whether an engine that sampled the rollouts was compared with the modules before."""
+    if learner.sampler.in_modules or not learner.steps_made:
+        return []
+    proof = learner.sampler_proof
+    limit = learner.config.dapo.logp_gap_limit
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in proof.items())
+    gap = proof.get("engine_gap_mean")
+    return [
+        Check(
+            f"rollouts by {learner.sampler.name} compute the trained model",
+            f"engine_gap_mean at most {limit:g}, noise off",
+            measured or "not compared",
+            gap is not None and gap <= limit,
+        )
+    ]
+
+
 def _gradient_check(learner: Learner) -> Check:
     """Whether the first update reached the adapters, by the gradient of their B matrices.
 
@@ -61,8 +123,19 @@ def _gradient_check(learner: Learner) -> Check:
     recipe = learner.config.quant
     first = {n: g for n, g in learner.engine.first_gradients.items() if "lora_B" in n}
     zero = [name for name, largest in first.items() if largest == 0.0]
-    blocked = learner.quantized is not None and not recipe.use_ste and recipe.quantizes_input
-    if blocked and recipe.lora_input == "quantised":
+    unhelped = learner.quantized is not None and not recipe.use_ste
+    if unhelped and recipe.lora_output == "quantised":
+        # Every adapter's output meets a quantiser: nothing leaks, nothing learns. The engine keeps
+        # the gradients of the first update that has any; here none may have.
+        reached = learner.engine.first_gradients
+        return Check(
+            "without the straight-through estimator no adapter gets a gradient",
+            "no gradient in any of at least one update",
+            f"{len(reached)} parameters with one in {learner.updates} updates",
+            not reached and learner.updates > 0,
+        )
+    blocked = unhelped and (recipe.quantizes_input or recipe.quantizes_output)
+    if blocked and (recipe.lora_input == "quantised" or recipe.quantizes_output):
         # The failure that use_ste: false reproduces, of every layer but what o and down leak.
         expected = [n for n in first if any(f".{kind}." in n for kind in BEHIND_A_QUANTISER)]
         leaked = [n for n in expected if first[n] > 0.0]

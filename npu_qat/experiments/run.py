@@ -25,8 +25,17 @@ from npu_qat.backends import Selection, select
 from npu_qat.config import RunConfig
 from npu_qat.config.dump import dump_yaml
 from npu_qat.config.load import load_config
+from npu_qat.deploy.adapter import write_binding
+from npu_qat.deploy.run_source import BASE, describe_base
 from npu_qat.evaluation.accuracy import Outcome, answer_problems
 from npu_qat.evaluation.intervals import paired_difference, proportion
+from npu_qat.evaluation.perplexity import (
+    RATIO_METHOD,
+    AnswerLikelihood,
+    answer_likelihoods,
+    perplexity,
+    perplexity_ratio,
+)
 from npu_qat.experiments.console import RunConsole
 from npu_qat.experiments.environment import describe_environment
 from npu_qat.experiments.evidence import run_checks
@@ -34,21 +43,23 @@ from npu_qat.experiments.stopping import stop_requests
 from npu_qat.experiments.tensorboard import TensorBoard
 from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
 from npu_qat.layers.audit import Check, raise_failed
-from npu_qat.layers.base_model import DTYPES, load_base, prompt_ids, stop_ids
+from npu_qat.layers.base_model import DTYPES, answer_ids, load_base, prompt_ids, stop_ids
 from npu_qat.layers.calibration import CALIBRATION_PROMPTS, calibrate_on_prompts
 from npu_qat.noise import AQN
 from npu_qat.reporting import write_report
 from npu_qat.tasks import Problem, Task, load_task
+from npu_qat.training.distill import Teacher
 from npu_qat.training.engine import Engine, launch_environment, shut_down, world
 from npu_qat.training.loop import Interrupted, Learner, total_steps
 from npu_qat.training.rundir import RunDirectory
+from npu_qat.training.samplers import Sampler
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # What may differ when a run is resumed: where and how it runs, not what it computes.
 MAY_CHANGE = {
-    "run": {"output_dir", "resume", "threads", "device"},
+    "run": {"output_dir", "resume", "threads", "device", "backend"},
     "train": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
     "deepspeed": {"zero_stage", "overrides"},
 }
@@ -56,13 +67,16 @@ MAY_CHANGE = {
 BYTES_BESIDE_CHECKPOINTS = 64 * 2**20
 
 
-def execute(config: RunConfig, run_dir: Path, console: Console) -> dict[str, Any]:
+def execute(
+    config: RunConfig, run_dir: Path, console: Console, *, report: bool = True
+) -> dict[str, Any]:
     """Carry out a run.
 
     Args:
         config: the resolved configuration.
         run_dir: its folder.
         console: where progress goes; a rich console.
+        report: write ``report.html``.
 
     Returns:
         The content of ``summary.json``.
@@ -83,7 +97,11 @@ def execute(config: RunConfig, run_dir: Path, console: Console) -> dict[str, Any
             _check_same_run(config, rundir)
         rundir.prepare(resume=resume, bytes_needed=BYTES_BESIDE_CHECKPOINTS)
         with rundir.locked(), stop_requests(shown.say) as should_stop:
-            return _Run(config, rundir, selection, shown, should_stop).execute(resume)
+            run = _Run(config, rundir, selection, shown, should_stop)
+            summary = run.execute(resume)
+            if report and rundir.writer:
+                shown.say(f"report: {write_report(rundir.path)}")
+            return summary
     finally:
         shown.close()
         shut_down()
@@ -123,8 +141,39 @@ def evaluate(
             shut_down()
 
 
+def evaluate_as(
+    config: RunConfig, name: str, run_dir: Path, console: Console, *, adapter: Path | None = None
+) -> dict[str, Any]:
+    """Evaluate one model in the numbers of ``config`` and keep it as an evaluation of a run.
+
+    Args:
+        config: model, task, quantisation and evaluation settings.
+        name: of the evaluation; one of that name that is there already is taken.
+        run_dir: the outcomes go to ``evaluations/<name>.jsonl`` there.
+        console: where progress goes; a rich console.
+        adapter: on top of the model (PEFT format); None: the model as it comes.
+
+    Returns:
+        The evaluation, as ``summary.json`` has it.
+    """
+    selection = _start(config)
+    rundir = RunDirectory(run_dir, writer=world()[0] == 0)
+    try:
+        run = _Run(config, rundir, selection, RunConsole(console), lambda: False)
+        run.rundir.write_json("environment.json", describe_environment(selection))
+        quantized = run.mode != "w16a16"
+        if adapter is None:
+            run.evaluate_start(name, quantized=quantized)
+        else:
+            run.evaluate_adapter(adapter, name, quantized=quantized)
+        found: dict[str, Any] = run.evaluations()["arms"][name]
+        return found
+    finally:
+        shut_down()
+
+
 def _start(config: RunConfig) -> Selection:
-    selection = select(config.run.device)
+    selection = select(config.run.device, config.run.backend)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     launch_environment(selection.device)
@@ -158,6 +207,7 @@ class _Arm:
     name: str
     quantized: bool
     noise: bool
+    distilled: bool = False
 
 
 class _Run:
@@ -187,6 +237,8 @@ class _Run:
         self.board = TensorBoard(rundir)
         # Arms whose first step in this process passed the audit.
         self.audited: set[str] = set()
+        # Arms that are trained and evaluated.
+        self.trained: set[str] = set()
         # Evaluations of this run, in the order in which they were made.
         self.names: list[str] = []
 
@@ -197,13 +249,17 @@ class _Run:
         self.rundir.write_json("environment.json", describe_environment(self.selection))
         self.console.say(f"device: {self.selection.reason}")
         if "bf16" in config.evaluation.baselines:
-            self._evaluate_start("bf16_start", quantized=False)
+            self.evaluate_start("bf16_start", quantized=False)
         if "ptq" in config.evaluation.baselines and self.mode != "w16a16":
-            self._evaluate_start(f"{self.mode}_ptq", quantized=True)
-        self._train(_Arm(self.mode, quantized=True, noise=True), f"{self.mode}_trained")
+            self.evaluate_start(f"{self.mode}_ptq", quantized=True)
+        quantized = _Arm(self.mode, quantized=True, noise=True, distilled=True)
+        if config.distill.teacher == "base" or config.distill.weight == 0:
+            self._train(quantized, f"{self.mode}_trained")
         if "bf16_lora" in config.evaluation.baselines and self.mode != "w16a16":
             self._train(_Arm("bf16_lora", quantized=False, noise=False), "bf16_lora")
             self._serve_adapter("bf16_lora", f"bf16_lora_served_{self.mode}")
+        if quantized.name not in self.trained:  # its teacher had to be trained first
+            self._train(quantized, f"{self.mode}_trained")
         return self._summarize(time.time() - started)
 
     # --- models -----------------------------------------------------------------------------
@@ -222,7 +278,8 @@ class _Run:
 
     # --- evaluation -------------------------------------------------------------------------
 
-    def _evaluate_start(self, name: str, *, quantized: bool) -> None:
+    def evaluate_start(self, name: str, *, quantized: bool) -> None:
+        """Evaluate the model as it comes, unless that was done already."""
         if self._outcomes(name) is not None:
             self.names.append(name)
             return
@@ -232,10 +289,7 @@ class _Run:
 
     def _serve_adapter(self, arm: str, name: str) -> None:
         """Evaluate the adapter of a 16-bit arm on the quantised base."""
-        if self._outcomes(name) is None:
-            self._evaluate_adapter(self._adapter(arm), name, quantized=True)
-        else:
-            self.names.append(name)
+        self.evaluate_adapter(self._adapter(arm), name, quantized=True)
 
     def _evaluate(
         self,
@@ -248,17 +302,61 @@ class _Run:
         """Evaluate and write the outcomes; ``check`` runs before anything is written, since a
         resumed run takes what is written as done."""
         started = time.time()
-        outcomes = self._answer(model, tokenizer, handle, self.problems, self._check_stop)
+        outcomes = self._measure(model, tokenizer, handle, self.problems, self._check_stop)
         check()
         self.seconds[f"evaluate {name}"] = time.time() - started
         lines = "".join(json.dumps(o.as_dict()) + "\n" for o in outcomes)
         self.rundir.write_text(f"evaluations/{name}.jsonl", lines)
         self.names.append(name)
-        score = proportion([o.strict for o in outcomes], self.config.evaluation.confidence)
         self.console.say(
-            f"{name}: accuracy {score.mean:.1%} [{score.low:.1%}, {score.high:.1%}] on "
-            f"{score.n} problems, {self.seconds[f'evaluate {name}']:.0f} s"
+            f"{name}: {self._words([o.as_dict() for o in outcomes])} on {len(outcomes)} problems, "
+            f"{self.seconds[f'evaluate {name}']:.0f} s"
         )
+
+    def _words(self, rows: list[dict[str, Any]]) -> str:
+        """What an evaluation measured, in a few words."""
+        found = _measured(rows, self.config.evaluation.confidence)
+        if "strict" in found:
+            e = found["strict"]
+            return f"accuracy {e['mean']:.1%} [{e['low']:.1%}, {e['high']:.1%}]"
+        e = found["answer_perplexity"]
+        return f"answer perplexity {e['mean']:.4g} [{e['low']:.4g}, {e['high']:.4g}]"
+
+    def _measure(
+        self,
+        model: Any,
+        tokenizer: Any,
+        handle: QuantizedModel | None,
+        problems: Sequence[Problem],
+        stop: Callable[[], None] = lambda: None,
+    ) -> list[Outcome] | list[AnswerLikelihood]:
+        """Evaluate by ``evaluation.metric``, each rank its share; every rank gets all, in order."""
+        if self.config.evaluation.metric == "accuracy":
+            return self._answer(model, tokenizer, handle, problems, stop)
+        return self._score(model, tokenizer, handle, problems, stop)
+
+    def _score(
+        self,
+        model: Any,
+        tokenizer: Any,
+        handle: QuantizedModel | None,
+        problems: Sequence[Problem],
+        stop: Callable[[], None],
+    ) -> list[AnswerLikelihood]:
+        rank, world_size = world()
+        eos = stop_ids(model, tokenizer)
+        mine = answer_likelihoods(
+            model,
+            handle,
+            problems[rank::world_size],
+            encode=lambda problem: prompt_ids(tokenizer, self.task.messages(problem)),
+            encode_answer=lambda text: answer_ids(tokenizer, text),
+            pad_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            batch_size=self.config.evaluation.batch_size,
+            device=self.selection.device,
+            stop=stop,
+        )
+        return _joined(mine, len(problems))
 
     def _answer(
         self,
@@ -284,11 +382,7 @@ class _Run:
             batch_size=evaluation.batch_size,
             stop=stop,
         )
-        if world_size == 1:
-            return mine
-        parts: list[list[Outcome]] = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, mine)
-        return [parts[i % world_size][i // world_size] for i in range(len(problems))]
+        return _joined(mine, len(problems))
 
     def _check_stop(self) -> None:
         """Abandon an evaluation if the user asked to stop; several processes finish it, because all
@@ -313,36 +407,48 @@ class _Run:
         adapters = [] if run_dir is None else sorted((run_dir / "adapters").glob("*"))
         if run_dir is not None and not adapters:
             raise ValueError(f"{run_dir} holds no trained adapter yet")
-        self._evaluate_start("bf16_start", quantized=False)
+        self.evaluate_start("bf16_start", quantized=False)
         if self.mode != "w16a16":
-            self._evaluate_start(f"{self.mode}_ptq", quantized=True)
+            self.evaluate_start(f"{self.mode}_ptq", quantized=True)
         for folder in adapters:
             if folder.name == "bf16_lora":
-                self._evaluate_adapter(folder, "bf16_lora", quantized=False)
+                self.evaluate_adapter(folder, "bf16_lora", quantized=False)
                 served = f"bf16_lora_served_{self.mode}"
-                self._evaluate_adapter(folder, served, quantized=True)
+                self.evaluate_adapter(folder, served, quantized=True)
             else:
-                self._evaluate_adapter(folder, f"{self.mode}_trained", quantized=True)
+                self.evaluate_adapter(folder, f"{self.mode}_trained", quantized=True)
         if adapter is not None:
-            self._evaluate_adapter(adapter, f"{self.mode}_trained", quantized=True)
+            self.evaluate_adapter(adapter, f"{self.mode}_trained", quantized=True)
 
-    def _evaluate_adapter(self, folder: Path, name: str, *, quantized: bool) -> None:
+    def evaluate_adapter(self, folder: Path, name: str, *, quantized: bool) -> None:
+        """Evaluate the adapter in ``folder``, unless that was done already."""
+        if self._outcomes(name) is not None:
+            self.names.append(name)
+            return
         model, tokenizer, handle = self._load(quantized=quantized)
         self._evaluate(name, load_lora(model, str(folder)).eval(), tokenizer, handle)
         _forget(model)
 
     # --- training ---------------------------------------------------------------------------
 
+    @property
+    def _is_dapo(self) -> bool:
+        return self.config.train.method == "dapo"
+
     def _adapter(self, arm: str) -> Path:
         return self.rundir.path / "adapters" / arm
 
     def _train(self, arm: _Arm, evaluation: str) -> None:
         """Train an arm and evaluate it; what is there already was audited before it was written."""
+        self.trained.add(arm.name)
         if self._outcomes(evaluation) is not None:
             self.names.append(evaluation)
             return
         started = time.time()
+        teacher = self._teacher() if arm.distilled and self.config.distill.weight > 0 else None
         model, tokenizer, handle = self._load(quantized=arm.quantized)
+        if handle is not None:
+            self._write_base(handle)
         adapted = add_lora(model, self.config.lora, self.config.run.seed)
         if self.config.model.gradient_checkpointing:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
@@ -372,6 +478,8 @@ class _Run:
             self.rundir,
             self.console.say,
             self.should_stop,
+            teacher,
+            self._sampler(arm, engine, stop_ids(model, tokenizer)),
         )
         self.console.say(f"{arm.name}: {self.steps} steps, {trained:,} trained parameters")
         learner.run(
@@ -385,6 +493,27 @@ class _Run:
                 evaluation, whole, tokenizer, handle, lambda: self._audit(learner, whole)
             )
         _forget(model)
+
+    def _sampler(self, arm: _Arm, engine: Engine, stops: list[int]) -> Sampler | None:
+        """The engine that samples for a quantised arm, if the run asks for one."""
+        rollout = self.config.rollout
+        if rollout.engine == "hf" or not arm.quantized:
+            return None
+        from npu_qat.deploy.engine_base import FOLDER, write_engine_base
+        from npu_qat.training.rollout_vllm import VllmSampler
+
+        base, device = self.rundir.path / FOLDER, self.selection.device
+        if self.rundir.writer:
+            write_engine_base(self.config, base, device.type)
+        engine.barrier()
+        return VllmSampler(base, rollout, self.config.lora.r, stops, device)
+
+    def _teacher(self) -> Teacher:
+        """The 16-bit model that ``distill`` names."""
+        model, _, _ = self._load(quantized=False)
+        if self.config.distill.teacher == "bf16_lora":
+            model = load_lora(model, str(self._adapter("bf16_lora")))
+        return Teacher(model, self.config.distill)
 
     def _noise(self, model: Any) -> AQN:
         per_epoch = max(self.steps // self.config.train.epochs, 1)
@@ -415,17 +544,26 @@ class _Run:
         if every and done % every == 0 and done < self.steps:
             problems = self.problems[: self.config.evaluation.every_problems]
             with learner.engine.for_generation() as whole:
-                outcomes = self._answer(whole, learner.tokenizer, learner.quantized, problems)
-            score = proportion([o.strict for o in outcomes], self.config.evaluation.confidence)
+                outcomes = self._measure(whole, learner.tokenizer, learner.quantized, problems)
+            rows = [o.as_dict() for o in outcomes]
             self.rundir.append(
                 "metrics.jsonl",
-                {
-                    "arm": learner.arm,
-                    "step": done,
-                    "evaluation": {"strict": score.mean, "low": score.low, "high": score.high},
-                },
+                {"arm": learner.arm, "step": done, "evaluation": _in_training(rows)},
             )
-            self.console.say(f"{learner.arm} step {done}: held-out accuracy {score.mean:.1%}")
+            self.console.say(f"{learner.arm} step {done}: held-out {self._words(rows)}")
+
+    def _write_base(self, handle: QuantizedModel) -> None:
+        """Write what export and parity compare with; a resumed run must find the same base."""
+        if not self.rundir.writer:
+            return
+        found, before = describe_base(self.config, handle), self.rundir.read_json(BASE)
+        if before is None:
+            self.rundir.write_json(BASE, found)
+        elif before["fingerprint"] != found["fingerprint"]:
+            raise ValueError(
+                f"{self.config.model.path} is not the model that {self.rundir.path} was started "
+                "with: quantised, it has another fingerprint. Restore it, or start a new run"
+            )
 
     def _save_adapter(self, arm: str, model: Any) -> None:
         """The adapter's 16-bit image, in PEFT's format: the numbers that were trained with."""
@@ -438,6 +576,9 @@ class _Run:
             if parameter.requires_grad
         }
         model.save_pretrained(self._adapter(arm), state_dict=state)
+        base = self.rundir.read_json(BASE)
+        if arm == self.mode and base is not None and base["fingerprint"] is not None:
+            write_binding(self._adapter(arm), base["fingerprint"])
 
     def _audit(self, learner: Learner, model: Any) -> None:
         """Write the arm's part of ``audit.json``; raises ``AuditError`` if a check failed."""
@@ -446,7 +587,7 @@ class _Run:
             audit = learner.quantized.audit
             audit.add_checks(checks)
             phases = {"evaluation"} | ({"training"} if learner.steps_made else set())
-            if learner.steps_made and self.config.train.method == "dapo":
+            if learner.steps_made and learner.sampler.in_modules and self._is_dapo:
                 phases.add("rollout")
             report = audit.report(model, phases)
         else:
@@ -464,19 +605,10 @@ class _Run:
     # --- the result -------------------------------------------------------------------------
 
     def evaluations(self) -> dict[str, Any]:
-        """Accuracy of every evaluation, and the trained one against each other, by problem."""
+        """The result of every evaluation, and the trained one against each other, by problem."""
         confidence = self.config.evaluation.confidence
         outcomes = {name: self._outcomes(name) or [] for name in self.names}
-        arms = {
-            name: {
-                "n": len(rows),
-                "strict": _estimate([r["strict"] for r in rows], confidence),
-                "flexible": _estimate([r["flexible"] for r in rows], confidence),
-                "length_mean": sum(r["length"] for r in rows) / len(rows),
-                "truncated_fraction": sum(r["truncated"] for r in rows) / len(rows),
-            }
-            for name, rows in outcomes.items()
-        }
+        arms = {name: _measured(rows, confidence) for name, rows in outcomes.items()}
         trained = f"{self.mode}_trained"
         comparisons = [
             _compare(outcomes, trained, other, confidence)
@@ -498,9 +630,6 @@ class _Run:
             "audit": audit["verdict"] if audit else None,
         }
         self.rundir.write_json("summary.json", summary)
-        if self.rundir.writer:
-            report = write_report(self.rundir.path)
-            self.console.say(f"report: {report}")
         return summary
 
 
@@ -512,6 +641,41 @@ def _mode(config: RunConfig) -> str:
     return f"w{weight}a{activation}"
 
 
+def _joined(mine: list[Any], count: int) -> list[Any]:
+    """The records of all ranks, each of which did every W-th of ``count`` problems, in order."""
+    _, world_size = world()
+    if world_size == 1:
+        return mine
+    parts: list[list[Any]] = [[] for _ in range(world_size)]
+    torch.distributed.all_gather_object(parts, mine)
+    return [parts[i % world_size][i // world_size] for i in range(count)]
+
+
+def _measured(rows: list[dict[str, Any]], confidence: float) -> dict[str, Any]:
+    """What the records of one evaluation say, as ``summary.json`` has it."""
+    if "nll" in rows[0]:
+        nll, tokens = [r["nll"] for r in rows], [r["tokens"] for r in rows]
+        e = perplexity(nll, tokens, confidence)
+        found = {"mean": e.mean, "low": e.low, "high": e.high}
+        return {"n": len(rows), "tokens": sum(tokens), "answer_perplexity": found}
+    return {
+        "n": len(rows),
+        "strict": _estimate([r["strict"] for r in rows], confidence),
+        "flexible": _estimate([r["flexible"] for r in rows], confidence),
+        "length_mean": sum(r["length"] for r in rows) / len(rows),
+        "truncated_fraction": sum(r["truncated"] for r in rows) / len(rows),
+    }
+
+
+def _in_training(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The evaluation of a step, as ``metrics.jsonl`` has it."""
+    if "nll" in rows[0]:
+        e = perplexity([r["nll"] for r in rows], [r["tokens"] for r in rows])
+        return {"answer_perplexity": e.mean, "low": e.low, "high": e.high}
+    score = proportion([r["strict"] for r in rows])
+    return {"strict": score.mean, "low": score.low, "high": score.high}
+
+
 def _estimate(outcomes: list[bool], confidence: float) -> dict[str, float]:
     estimate = proportion(outcomes, confidence)
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
@@ -520,7 +684,15 @@ def _estimate(outcomes: list[bool], confidence: float) -> dict[str, float]:
 def _compare(
     outcomes: dict[str, list[dict[str, Any]]], a: str, b: str, confidence: float
 ) -> dict[str, Any]:
-    """Strict accuracy of ``a`` minus ``b``, paired by problem."""
+    """``a`` against ``b``, paired by problem: strict accuracy a - b, or perplexity a / b."""
+    if "nll" in outcomes[a][0]:
+        nll = [[row["nll"] for row in outcomes[name]] for name in (a, b)]
+        tokens = [row["tokens"] for row in outcomes[a]]
+        e = perplexity_ratio(nll[0], nll[1], tokens, confidence)
+        return {
+            **{"a": a, "b": b, "ratio": e.mean},
+            **{"low": e.low, "high": e.high, "method": RATIO_METHOD},
+        }
     strict = [[row["strict"] for row in outcomes[name]] for name in (a, b)]
     difference = paired_difference(strict[0], strict[1], confidence)
     return {

@@ -38,6 +38,9 @@ def learner(
         engine=SimpleNamespace(first_gradients=default if gradients is None else gradients),
         updates=updates,
         quantized=object(),
+        teacher=None,
+        sampler=SimpleNamespace(in_modules=True),
+        steps_made=STEPS,
     )
 
 
@@ -97,3 +100,23 @@ def test_without_the_estimator_the_zeros_are_expected_and_the_leak_is_told() -> 
     assert "leak up to 0.25" in run_checks(made)[-1].measured
     leaking = zero | {"layers.0.q_proj.lora_B.w": 1e-9}
     assert len(failed(learner(sections, gradients=leaking))) == 1
+
+
+def test_without_the_estimator_behind_the_wrapper_nothing_may_learn() -> None:
+    quant = {"use_ste": False, "injection_point": "weight_output", "lora_output": "quantised"}
+    assert failed(learner({"quant": quant}, gradients={})) == []
+    leaking = {"layers.0.o_proj.lora_B.w": 1e-9}
+    assert len(failed(learner({"quant": quant}, gradients=leaking))) == 1
+    assert len(failed(learner({"quant": quant}, gradients={}, updates=0))) == 1
+
+
+def test_multipliers_that_do_not_reach_their_layer_fail_the_audit() -> None:
+    found = SimpleNamespace(
+        first_step=2, expected={"0": 1.0, "1": 2.0}, measured={"0": 1.0, "1": 1.0}, off=["1"]
+    )
+    made = learner({"noise": {**NOISE, "layers": {"layer_multipliers": {1: 2.0}}}})
+    made.aqn.check_multipliers = lambda: [found]
+    assert failed(made) == ["noise multipliers by layer from step 3 on"]
+    found.off = []
+    assert failed(made) == []
+    assert "1: 2" in next(c for c in run_checks(made) if "multipliers" in c.name).expected

@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from npu_qat.config import ModelConfig, RunConfig
+from npu_qat.deploy import PackedCore, open_checkpoint
+from npu_qat.deploy.core import fingerprint_of
 from npu_qat.experiments import run as module
 from npu_qat.layers import AuditError
 from npu_qat.layers.audit import Check
@@ -133,6 +136,26 @@ def test_resuming_a_finished_run_repeats_nothing(done: Path) -> None:
     assert "3/3" not in said and "accuracy" not in said
 
 
+def test_the_run_names_its_base_and_a_resume_refuses_another(done: Path, tmp_path: Path) -> None:
+    config = read(done.parent / "config.json")
+    source = ModelConfig(path=config["model"]["path"])
+    core = PackedCore(open_checkpoint(source), RunConfig.model_validate(config).quant)
+    assert read(done / "base.json") == {
+        "fingerprint": fingerprint_of(core).hexdigest(),
+        "input_scales": {},
+    }
+    binding = read(done / "adapters" / "w4a4" / "npu_qat_base.json")
+    assert binding == {"base_fingerprint": read(done / "base.json")["fingerprint"]}
+    assert not (done / "adapters" / "bf16_lora" / "npu_qat_base.json").exists()
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    for folder in ("checkpoints", "evaluations"):  # so that it trains again
+        shutil.rmtree(run / folder)
+    (run / "base.json").write_text(json.dumps({"fingerprint": "0" * 64, "input_scales": {}}))
+    with pytest.raises(ValueError, match="is not the model that"):
+        carry_out(config, run, resume=True)
+
+
 def test_another_configuration_is_not_resumed(done: Path) -> None:
     config = read(done.parent / "config.json")
     config["train"]["lr"] = 2e-3
@@ -219,8 +242,10 @@ def test_an_audit_that_fails_at_the_first_step_stops_there(
     from npu_qat.backends import EmulationBackend
 
     monkeypatch.setattr(EmulationBackend, "fake_quant", lambda self, x, *a, **k: x.clone())
+    config = configuration(model, evaluation={"baselines": []})
+    config["run"]["backend"] = "reference"
     with pytest.raises(AuditError, match="quantised tensors equal the reference"):
-        carry_out(configuration(model, evaluation={"baselines": []}), tmp_path / "run")
+        carry_out(config, tmp_path / "run")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
 
 
@@ -277,6 +302,20 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
         "w4a4",
     ),
     "no STE": ({"quant": {"use_ste": False, "lora_input": "quantised"}}, "w4a4"),
+    "no STE, POST-hook": (
+        {"quant": {"use_ste": False, "injection_point": "weight_output"}},
+        "w4a4",
+    ),
+    "no STE, POST-hook on the wrapper": (
+        {
+            "quant": {
+                "use_ste": False,
+                "injection_point": "weight_output",
+                "lora_output": "quantised",
+            }
+        },
+        "w4a4",
+    ),
 }
 
 
@@ -296,6 +335,7 @@ def test_every_mode_runs_and_passes_its_audit(
         for name, largest in gradients.items():
             if "lora_B" in name:
                 reached = "o_proj" in name or "down_proj" in name
+                reached &= sections["quant"].get("lora_output") != "quantised"
                 assert (largest > 0) == reached, name
 
 

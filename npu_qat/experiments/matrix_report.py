@@ -1,0 +1,861 @@
+"""From the result files of a matrix to rows, answered questions and checks, and to pages of them.
+
+Everything in a report comes from the matrix file and the result files and is computed here, so a
+page can be made anew at any time and compared with the committed one.
+
+**Rows.** The mean over seeds with Student's t interval. A row without training, or with one seed,
+has the interval over problems instead, and says so: it does not know what another seed would do.
+
+**Questions.** A contrast is a weighted sum of rows, made seed by seed (all arms of a seed read the
+same problems in the same order), with its t interval and a paired t test; p-values are corrected by
+Holm's method within a topic. "No effect found" means that the corrected p-value is 0.05 or more;
+the interval says how large an effect may have been missed.
+
+**Checks.** What makes arms comparable is verified from the results: the same data in the same
+order, the same number of updates, model and test problems; that no two arms are the same run under
+two names; that the audit passed and noise was there; that arms which cannot work were refused or
+failed.
+
+Accuracies are shares. Perplexities are averaged and compared on the log scale: a mean is geometric,
+a contrast is a ratio ("+3 %": 3 % more perplexity), and less is better.
+"""
+
+from __future__ import annotations
+
+import html as html_module
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from npu_qat.evaluation.intervals import across_seeds, paired_difference
+from npu_qat.evaluation.perplexity import perplexity_ratio
+from npu_qat.evaluation.significance import holm, paired_t_test
+from npu_qat.experiments.matrix import Arm, Cell, Contrast, Matrix, cells
+from npu_qat.experiments.matrix_plots import Dot, curve_plot, dot_plot
+from npu_qat.experiments.matrix_store import Store, unpack_outcomes
+
+LEVEL = 0.05
+Result = dict[str, Any]
+
+TOPICS = {
+    "viable": "Is W4A4 viable for training?",
+    "aqn": "Does noise (AQN) help?",
+    "guided": "Is guided noise worth its complexity?",
+    "gap": "What is the gap to full precision?",
+    "difference": "Is the gain of guided noise larger in W4A4 than in W4A16?",
+    "levers": "Levers beyond the documents",
+    "other": "Other questions",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a metric is averaged and shown: accuracy in percent, or perplexity."""
+
+    metric: str
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.metric == "accuracy"
+
+    def of(self, evaluation: Result) -> float:
+        """The value that is averaged."""
+        if self.is_accuracy:
+            return float(evaluation["strict"]["mean"])
+        return math.log(evaluation["answer_perplexity"]["mean"])
+
+    def interval(self, evaluation: Result) -> tuple[float, float]:
+        """Its interval over problems."""
+        if self.is_accuracy:
+            return evaluation["strict"]["low"], evaluation["strict"]["high"]
+        found = evaluation["answer_perplexity"]
+        return math.log(found["low"]), math.log(found["high"])
+
+    def shown(self, value: float) -> float:
+        """A value as it is shown: percent, or perplexity."""
+        return 100 * value if self.is_accuracy else math.exp(value)
+
+    def text(self, value: float) -> str:
+        return f"{100 * value:.1f} %" if self.is_accuracy else f"{math.exp(value):.3f}"
+
+    def difference(self, value: float) -> str:
+        """A contrast: points, or percent of perplexity."""
+        if self.is_accuracy:
+            return f"{100 * value:+.1f}"
+        return f"{100 * (math.exp(value) - 1):+.1f} %"
+
+    @property
+    def unit(self) -> str:
+        return "points" if self.is_accuracy else "relative perplexity"
+
+    def better(self, value: float) -> bool:
+        """Whether a positive answer to "is a better than b?" has this sign."""
+        return value > 0 if self.is_accuracy else value < 0
+
+
+@dataclass
+class Row:
+    """A row of the table: an arm, or one way of serving it, on one model."""
+
+    name: str
+    title: str
+    arm: Arm
+    model: str
+    values: dict[int, float] = field(default_factory=dict)
+    evaluations: list[Result] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> bool:
+        return not self.arm.train
+
+    def evaluation(self, seed: int) -> Result:
+        """That of ``seed``; an anchor's is that of every seed."""
+        return self.evaluations[0 if self.anchor else list(self.values).index(seed)]
+
+    def estimate(self, scale: Scale) -> tuple[float, float, float, str] | None:
+        """Mean, low, high, and over what the interval is; None without results."""
+        if not self.values:
+            return None
+        values = list(self.values.values())
+        if len(values) >= 2:
+            e = across_seeds(values)
+            return e.mean, e.low, e.high, f"{e.n} seeds"
+        low, high = scale.interval(self.evaluations[0])
+        over = "problems" if self.anchor else "problems, 1 seed"
+        return values[0], low, high, over
+
+
+@dataclass
+class Answer:
+    """A contrast with what the results say; ``low`` to ``p`` are None where nothing can be said.
+
+    The interval is over seeds, or over problems if there is one seed.
+    """
+
+    contrast: Contrast
+    model: str
+    seeds: list[int]
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+    def words(self, scale: Scale) -> str:
+        """What may be concluded."""
+        if self.estimate is None:
+            return "not yet measured"
+        if self.p_holm is None:
+            return "one seed: interval over problems, not tested"
+        if self.p_holm >= LEVEL:
+            return "no effect found"
+        return "better" if scale.better(self.estimate) else "worse"
+
+
+@dataclass
+class Check:
+    """A verified property of the results."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass
+class Analysis:
+    """Everything a page shows."""
+
+    matrix: Matrix
+    scale: Scale
+    rows: list[Row]
+    answers: list[Answer]
+    checks: list[Check]
+    failures: list[Result]
+    results: list[Result]
+    missing: list[str]
+    stale: list[str]
+
+
+def analyse(matrix: Matrix, results: Path) -> Analysis:
+    """Read ``results`` and compute everything.
+
+    Raises ``ValueError`` if a result file is damaged.
+    """
+    planned = cells(matrix)
+    store = Store(results, any_code=True)
+    found: dict[str, Result] = {}
+    failures, missing = [], []
+    for cell in planned:
+        result = store.result(cell)
+        failed = store.failures(cell)
+        if result is not None:
+            found[cell.id] = result
+        elif failed:
+            failures.append(failed[-1])
+        else:
+            missing.append(cell.id)
+    metric = next((c.config.evaluation.metric for c in planned if c.config), "accuracy")
+    scale = Scale(metric)
+    rows = _rows(matrix, planned, found, scale)
+    return Analysis(
+        matrix,
+        scale,
+        rows,
+        _answers(matrix, rows, scale),
+        _checks(matrix, planned, found, failures, missing),
+        failures,
+        list(found.values()),
+        missing,
+        store.unknown(planned),
+    )
+
+
+# --- rows and answers -------------------------------------------------------------------------
+
+
+def _rows(
+    matrix: Matrix, planned: Sequence[Cell], found: dict[str, Result], scale: Scale
+) -> list[Row]:
+    rows: dict[tuple[str, str], Row] = {}
+    for model in matrix.models or [""]:
+        for arm in matrix.arms:
+            if arm.expect == "refused":
+                continue
+            for name in (arm.name, *(f"{arm.name}@{s}" for s in arm.serve)):
+                served = name.partition("@")[2]
+                title = f"{arm.title}, served in {_served_title(served)}" if served else arm.title
+                rows[model, name] = Row(name, title, arm, model)
+    for cell in planned:
+        result = found.get(cell.id)
+        if result is None:
+            continue
+        for name, evaluation in result["evaluations"].items():
+            row = rows.get((cell.model, name))
+            if row is not None and row.arm is cell.arm:
+                row.values[cell.seed] = scale.of(evaluation)
+                row.evaluations.append(evaluation)
+                row.results.append(result)
+    return list(rows.values())
+
+
+def _served_title(name: str) -> str:
+    return name.upper().replace("-", " ")
+
+
+def _answers(matrix: Matrix, rows: Sequence[Row], scale: Scale) -> list[Answer]:
+    answers = []
+    for model in matrix.models or [""]:
+        by_name = {row.name: row for row in rows if row.model == model}
+        answers += [_answer(contrast, model, by_name) for contrast in matrix.contrasts]
+        for topic in TOPICS:
+            tested = [
+                a
+                for a in answers
+                if a.model == model and a.contrast.answers == topic and a.p is not None
+            ]
+            for answer, p in zip(
+                tested, holm([a.p for a in tested if a.p is not None]), strict=True
+            ):
+                answer.p_holm = p
+    return answers
+
+
+def _answer(contrast: Contrast, model: str, rows: dict[str, Row]) -> Answer:
+    parts = [(rows[name], weight) for name, weight in contrast.arms.items()]
+    trained = [set(row.values) for row, _ in parts if not row.anchor]
+    if any(not row.values for row, _ in parts) or not trained:
+        return Answer(contrast, model, [])
+    seeds = sorted(set.intersection(*trained))
+    if not seeds:
+        return Answer(contrast, model, [])
+
+    def of_seed(seed: int) -> float:
+        return sum(
+            weight * (next(iter(row.values.values())) if row.anchor else row.values[seed])
+            for row, weight in parts
+        )
+
+    values = [of_seed(seed) for seed in seeds]
+    if len(values) < 2:
+        low, high = _over_problems(contrast, rows, seeds[0])
+        return Answer(contrast, model, seeds, values[0], low, high)
+    e = across_seeds(values)
+    return Answer(contrast, model, seeds, e.mean, e.low, e.high, paired_t_test(values))
+
+
+def _over_problems(
+    contrast: Contrast, rows: dict[str, Row], seed: int
+) -> tuple[float | None, float | None]:
+    """The interval of a plain difference of one seed, problem by problem; None for others."""
+    signs = {weight: name for name, weight in contrast.arms.items()}
+    if sorted(contrast.arms.values()) != [-1.0, 1.0]:
+        return None, None
+    a, b = (rows[signs[sign]].evaluation(seed) for sign in (1.0, -1.0))
+    if "outcomes" in a:
+        found = paired_difference(unpack_outcomes(a["outcomes"]), unpack_outcomes(b["outcomes"]))
+        return found.low, found.high
+    ratio = perplexity_ratio(a["nll"], b["nll"], a["answer_tokens"])
+    return math.log(ratio.low), math.log(ratio.high)
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def _checks(
+    matrix: Matrix,
+    planned: Sequence[Cell],
+    found: dict[str, Result],
+    failures: Sequence[Result],
+    missing: Sequence[str],
+) -> list[Check]:
+    arms = {arm.name: arm for arm in matrix.arms}
+    done = [(cell, found[cell.id]) for cell in planned if cell.id in found]
+    trained = [(cell, result) for cell, result in done if cell.arm.train]
+    checks = [
+        _same("every arm of a seed read the same problems in the same order", trained, "data"),
+        _same("every arm of a seed made the same number of updates", trained, "updates"),
+        _same(
+            "every arm of a seed ran on the same kind of device",
+            [(cell, {"device": _device(result)}) for cell, result in trained],
+            "device",
+        ),
+        _constant("every cell used the same model", done, "model_digest"),
+        _constant("every cell trained on the same problems", done, "train_digest"),
+        _constant("every cell was evaluated on the same problems", done, "test_digest"),
+        _distinct(trained),
+        _audited(trained),
+        _noisy(trained),
+        *_expected(arms, trained, failures, done),
+    ]
+    unexpected = [f for f in failures if arms[f["arm"]].expect != "refused"]
+    checks.append(
+        Check(
+            "no cell failed that should not have",
+            not unexpected,
+            "; ".join(f"{_cell_name(f)}: {f['error']['type']}" for f in unexpected) or "none did",
+        )
+    )
+    checks.append(
+        Check(
+            "every cell has a result",
+            not missing,
+            f"{len(missing)} of {len(planned)} do not: {', '.join(missing[:6])}"
+            + (" ..." if len(missing) > 6 else "")
+            if missing
+            else f"{len(planned)} cells",
+        )
+    )
+    return checks
+
+
+def _device(result: Result) -> str:
+    found = result["environment"]
+    return str(found.get("accelerator", found["processor"]))
+
+
+def _cell_name(result: Result) -> str:
+    return "--".join(filter(None, [result["arm"], result["model"], f"s{result['seed']}"]))
+
+
+def _same(name: str, trained: Sequence[tuple[Cell, Result]], key: str) -> Check:
+    """``key`` has one value among the trained cells of each model and seed."""
+    groups: dict[tuple[str, int], dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for cell, result in trained:
+        groups[cell.model, cell.seed][result[key]].append(cell.arm.name)
+    odd = []
+    for (_, seed), values in groups.items():
+        if len(values) > 1:
+            usual = max(values, key=lambda v: len(values[v]))
+            odd += [
+                f"{a} (seed {seed})" for v, names in values.items() if v != usual for a in names
+            ]
+    several = sum(len(next(iter(v.values()))) > 1 or len(v) > 1 for v in groups.values())
+    detail = f"differing: {', '.join(odd)}" if odd else f"{several} seeds with several arms"
+    return Check(name, not odd, detail)
+
+
+def _constant(name: str, done: Sequence[tuple[Cell, Result]], key: str) -> Check:
+    values: dict[str, set[str]] = defaultdict(set)
+    for cell, result in done:
+        values[cell.model].add(result[key])
+    odd = {model: sorted(v) for model, v in values.items() if len(v) > 1}
+    one = ", ".join(sorted({x for v in values.values() for x in v}))
+    return Check(name, not odd, f"several: {odd}" if odd else one or "no results")
+
+
+def _distinct(trained: Sequence[tuple[Cell, Result]]) -> Check:
+    """Arms that differ in their settings trained different adapters."""
+    seen: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for cell, result in trained:
+        seen[cell.model, cell.seed, result["adapter"]].append(cell.arm.name)
+    equal = [f"{' = '.join(n)} (seed {seed})" for (_, seed, _), n in seen.items() if len(n) > 1]
+    return Check(
+        "no two arms trained the same adapter, bit for bit",
+        not equal,
+        f"a setting without effect: {'; '.join(equal)}" if equal else f"{len(seen)} differ",
+    )
+
+
+def _audited(trained: Sequence[tuple[Cell, Result]]) -> Check:
+    failed = [cell.id for cell, result in trained if result["audit"]["verdict"] != "pass"]
+    count = sum(len(result["audit"]["checks"]) for _, result in trained)
+    return Check(
+        "the audit of every run passed",
+        not failed,
+        ", ".join(failed) if failed else f"{len(trained)} runs, {count} checks",
+    )
+
+
+def _noisy(trained: Sequence[tuple[Cell, Result]]) -> Check:
+    """Noise was in the runs that ask for it and in no other, on every norm that is to have it."""
+    wrong, count = [], 0
+    for cell, result in trained:
+        assert cell.config is not None
+        wanted, noise = cell.config.noise.enabled, result["noise"]
+        count += wanted
+        there = noise["noisy_steps"] > 0
+        if wanted != there or (wanted and noise["norms_changed"] != noise["norms_expected"]):
+            wrong.append(cell.id)
+    return Check(
+        "noise was measured in the runs that ask for it, and in no other",
+        not wrong,
+        ", ".join(wrong) if wrong else f"{count} runs with noise, {len(trained) - count} without",
+    )
+
+
+def _expected(
+    arms: dict[str, Arm],
+    trained: Sequence[tuple[Cell, Result]],
+    failures: Sequence[Result],
+    done: Sequence[tuple[Cell, Result]],
+) -> list[Check]:
+    """Arms that cannot work were stopped, or show that they did not."""
+    checks = []
+    for arm in arms.values():
+        if arm.expect == "refused":
+            errors = [f["error"] for f in failures if f["arm"] == arm.name]
+            ran = [cell.id for cell, _ in done if cell.arm.name == arm.name]
+            detail = f"{errors[0]['type']}: {errors[0]['text']}" if errors else "not yet tried"
+            checks.append(
+                Check(
+                    f"{arm.name} is refused",
+                    bool(errors) and not ran,
+                    f"it ran: {', '.join(ran)}" if ran else detail,
+                )
+            )
+        if arm.expect == "no-learning":
+            found = [r["audit"] for cell, r in trained if cell.arm.name == arm.name]
+            blocked = [a["adapters_without_gradient"] for a in found]
+            detail = "not yet run"
+            if found:
+                detail = f"{min(blocked)} of {found[0]['adapters']} adapters got no gradient at all"
+            checks.append(
+                Check(
+                    f"{arm.name} is shown as failing",
+                    bool(found) and 2 * min(blocked) > found[0]["adapters"],
+                    detail,
+                )
+            )
+    return checks
+
+
+# --- pages ------------------------------------------------------------------------------------
+
+
+def write_report(matrix: Matrix, results: Path, output: Path) -> list[Path]:
+    """Write ``report.md``, ``report.html``, ``report.json`` and two plots into ``output``."""
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in report_files(matrix, results).items():
+        path = output / name
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def report_files(matrix: Matrix, results: Path) -> dict[str, str]:
+    """File name -> content of a report."""
+    found = analyse(matrix, results)
+    plots = {"rows.svg": _dot_plot(found), "curves.svg": _curves(found)}
+    return {
+        "report.md": markdown(found),
+        "report.json": json.dumps(as_json(found), indent=1, ensure_ascii=False) + "\n",
+        "report.html": as_html(found, plots),
+        **plots,
+    }
+
+
+def as_json(found: Analysis) -> Result:
+    """The analysis as plain data."""
+    scale = found.scale
+    return {
+        "matrix": found.matrix.name,
+        "title": found.matrix.title,
+        "metric": scale.metric,
+        "made_by": _made_by(found),
+        "rows": [
+            {
+                "row": row.name,
+                "model": row.model,
+                "title": row.title,
+                **_estimate_json(row, scale),
+                "values": {str(s): _round(scale.shown(v)) for s, v in sorted(row.values.items())},
+                "noise": row.results[0].get("noise") if row.results else None,
+            }
+            for row in found.rows
+        ],
+        "answers": [
+            {
+                "question": a.contrast.question,
+                "topic": a.contrast.answers,
+                "model": a.model,
+                "arms": a.contrast.arms,
+                "seeds": a.seeds,
+                "unit": "share" if scale.is_accuracy else "log perplexity",
+                "estimate": _round(a.estimate),
+                "low": _round(a.low),
+                "high": _round(a.high),
+                "p": _round(a.p),
+                "p_holm": _round(a.p_holm),
+                "words": a.words(scale),
+            }
+            for a in found.answers
+        ],
+        "checks": [vars(check) for check in found.checks],
+        "failures": [
+            {"cell": _cell_name(f), "type": f["error"]["type"], "text": f["error"]["text"]}
+            for f in found.failures
+        ],
+        "missing": found.missing,
+        "stale": found.stale,
+    }
+
+
+def _estimate_json(row: Row, scale: Scale) -> Result:
+    found = row.estimate(scale)
+    if found is None:
+        return {"mean": None}
+    mean, low, high, over = found
+    shown = [_round(scale.shown(v)) for v in (mean, low, high)]
+    return {"mean": shown[0], "low": shown[1], "high": shown[2], "interval_over": over}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _made_by(found: Analysis) -> Result:
+    """On what the results depend, each with the number of cells."""
+
+    def count(get: Callable[[Result], Any]) -> dict[str, int]:
+        return dict(sorted(Counter(str(get(r)) for r in found.results).items()))
+
+    def versions(result: Result) -> str:
+        v = result["environment"]["versions"]
+        return ", ".join(f"{n} {v[n]}" for n in ("python", "torch", "transformers") if n in v)
+
+    return {
+        "code": count(lambda r: r["code"]),
+        "commit": count(lambda r: r["environment"].get("git_commit")),
+        "device": count(_device),
+        "backend": count(lambda r: r["environment"]["backend"]),
+        "versions": count(versions),
+        "first": min((r["finished"] for r in found.results), default=None),
+        "last": max((r["finished"] for r in found.results), default=None),
+        "seconds": round(sum(r["seconds"] for r in found.results)),
+    }
+
+
+def markdown(found: Analysis) -> str:
+    """The report as Markdown."""
+    lines = [f"# {found.matrix.title}", ""]
+    lines += [
+        "Written by `npu-qat experiment pages` from the result files in [cells](cells); do not "
+        f"edit. `npu-qat experiment run {found.matrix.name}` makes such files.",
+        "",
+    ]
+    for title, blocks in _sections(found):
+        lines += [f"## {title}", ""] if title else []
+        for block in blocks:
+            lines += [*_block_lines(block), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the columns after the first ``left`` are right-aligned."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+    left: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One of the plots, with what it shows in words."""
+
+    file: str
+    alt: str
+
+
+Block = str | Table | Picture
+
+
+def _block_lines(block: Block) -> list[str]:
+    if isinstance(block, Picture):
+        return [f"![{block.alt}]({block.file})"]
+    if isinstance(block, Table):
+        marks = ["---" if i < block.left else "---:" for i in range(len(block.head))]
+        rows = [block.head, marks, *block.body]
+        return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return [block]
+
+
+def _sections(found: Analysis) -> list[tuple[str, list[Block]]]:
+    """The page's sections: title and blocks, for Markdown and HTML alike."""
+    metric = "Accuracy" if found.scale.is_accuracy else "Perplexity of the answers (less is better)"
+    sections: list[tuple[str, list[Block]]] = [
+        ("", [" ".join(found.matrix.about.split()), _made_by_words(found)]),
+        (
+            metric,
+            [_row_note(found), _row_table(found), Picture("rows.svg", f"{metric} of each row")],
+        ),
+        ("Questions", [_question_note(found), *_question_tables(found)]),
+        ("What makes the arms comparable", [_check_table(found)]),
+    ]
+    if any(r.get("curves", {}).get(found.matrix.curve) for r in found.results):
+        text = f"Mean over seeds of `{found.matrix.curve}` by step, in the numbers of the arm."
+        curves: list[Block] = [text, Picture("curves.svg", f"{found.matrix.curve} by step")]
+        sections.append(("Learning curves", curves))
+    if table := _noise_table(found):
+        note = (
+            "Measured from the norm weights. Realised over scheduled: standard deviation of the "
+            "differences, each over its multiplier, divided by the schedule's sigma. Root mean "
+            "square: over all steps and norms with noise, multipliers included."
+        )
+        sections.append(("Realised noise", [note, table]))
+    if table := _published_table(found):
+        sections.append(("Beside the documents' numbers", [table]))
+    return sections
+
+
+def _made_by_words(found: Analysis) -> str:
+    if not found.results:
+        return "No results yet."
+    made = _made_by(found)
+
+    def several(name: str) -> str:
+        values: dict[str, int] = made[name]
+        if len(values) == 1:
+            return next(iter(values))
+        return "; ".join(f"{value} ({count} cells)" for value, count in values.items())
+
+    text = (
+        f"{len(found.results)} cells, finished {made['first'][:10]}, "
+        f"{made['seconds'] / 3600:.1f} process hours, on {several('device')}, backend "
+        f"{several('backend')}, {several('versions')}. Code {several('code')}"
+    )
+    if set(made["commit"]) != {"None"}:
+        text += f", commit {several('commit')}"
+    text += " (`npu-qat experiment list` prints a checkout's)."
+    if len(made["code"]) > 1:
+        text += " **Cells were made by several versions of the code.**"
+    return text
+
+
+def _row_note(found: Analysis) -> str:
+    n = next((e["n"] for r in found.rows for e in r.evaluations), 0)
+    return (
+        f"{n:,} problems a row. 95 % intervals: over seeds (Student's t) where there are several, "
+        "else over problems."
+    )
+
+
+def _row_table(found: Analysis) -> Table:
+    several = len(found.matrix.models) > 1
+    body = []
+    for row in found.rows:
+        estimate = row.estimate(found.scale)
+        flags = {"no-learning": "fails by construction"}.get(row.arm.expect, "")
+        name = f"{row.title} (`{row.name}`)" if not several else f"{row.title} ({row.model})"
+        if estimate is None:
+            body.append([name, "not yet measured", "", "", flags])
+            continue
+        mean, low, high, over = estimate
+        text = found.scale.text
+        body.append([name, text(mean), f"{text(low)} to {text(high)}", over, flags])
+    return Table(["row", "mean", "95 % interval", "interval over", ""], body)
+
+
+def _question_note(found: Analysis) -> str:
+    more = "" if found.scale.is_accuracy else " Negative: less perplexity, which is better."
+    return (
+        f"Differences in {found.scale.unit}, seed by seed, with 95 % intervals over seeds; paired "
+        f"t test, p corrected by Holm's method within each table.{more}"
+    )
+
+
+def _question_tables(found: Analysis) -> list[Block]:
+    blocks: list[Block] = []
+    for topic, title in TOPICS.items():
+        chosen = [a for a in found.answers if a.contrast.answers == topic]
+        if chosen:
+            blocks += [f"**{title}**", answer_table(chosen, found.scale)]
+    return blocks
+
+
+def answer_table(answers: Sequence[Answer], scale: Scale) -> Table:
+    """Questions with what the results say."""
+    body = []
+    for a in answers:
+        if a.estimate is None:
+            body.append([a.contrast.question, "", "", "", "", a.words(scale)])
+            continue
+        interval = ""
+        if a.low is not None and a.high is not None:
+            interval = f"{scale.difference(a.low)} to {scale.difference(a.high)}"
+        p = "" if a.p is None else _p_text(a.p)
+        corrected = "" if a.p_holm is None else _p_text(a.p_holm)
+        estimate = scale.difference(a.estimate)
+        body.append([a.contrast.question, estimate, interval, p, corrected, a.words(scale)])
+    return Table(["question", "difference", "95 % interval", "p", "p (Holm)", "answer"], body)
+
+
+def _p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _check_table(found: Analysis) -> Table:
+    return Table(
+        ["check", "", "detail"],
+        [[c.name, "yes" if c.ok else "**no**", c.detail] for c in found.checks],
+        left=3,
+    )
+
+
+def _noise_table(found: Analysis) -> Table | None:
+    body = []
+    for row in found.rows:
+        noises = [r["noise"] for r in row.results if r.get("noise", {}).get("noisy_steps")]
+        if not noises or "@" in row.name:
+            continue
+        first = noises[0]
+        body.append(
+            [
+                row.title,
+                str(first["noisy_steps"]),
+                f"{first['sigma_first']:.4g} to {first['sigma_last']:.4g}",
+                f"{fmean(n['realized_over_scheduled'] for n in noises):.3f}",
+                f"{fmean(n['rms_realized'] for n in noises):.3g}",
+                " or ".join(str(n) for n in first["norms_changed"]),
+            ]
+        )
+    head = ["arm", "noisy steps", "sigma", "realised / scheduled", "root mean square", "norms"]
+    return Table(head, body) if body else None
+
+
+def _published_table(found: Analysis) -> Table | None:
+    body = []
+    for row in found.rows:
+        estimate = row.estimate(found.scale)
+        for p in row.arm.published if row.name == row.arm.name else ():
+            ours = "not yet measured" if estimate is None else found.scale.text(estimate[0])
+            body.append([row.title, ours, f"{p.value:g}", p.what, " ".join(p.note.split())])
+    return (
+        Table(["arm", "ours", "theirs", "what theirs is", "why they differ"], body, 5)
+        if body
+        else None
+    )
+
+
+def _dot_plot(found: Analysis) -> str:
+    dots = []
+    for row in found.rows:
+        estimate = row.estimate(found.scale)
+        if estimate is not None:
+            mean, low, high, _ = estimate
+            shown = found.scale.shown
+            dots.append(Dot(row.title, shown(mean), shown(low), shown(high), hollow=row.anchor))
+    unit = "accuracy, %" if found.scale.is_accuracy else "perplexity of the answers"
+    return dot_plot(dots, unit)
+
+
+def _curves(found: Analysis) -> str:
+    series: dict[str, list[float]] = {}
+    for row in found.rows:
+        if "@" in row.name:
+            continue
+        runs = [r["curves"].get(found.matrix.curve) for r in row.results if "curves" in r]
+        whole = [run for run in runs if run and None not in run]
+        if whole:
+            length = min(map(len, whole))
+            series[row.title] = [fmean(run[i] for run in whole) for i in range(length)]
+    return curve_plot(series, found.matrix.curve)
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1f24; background: #fff; }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: 0.9rem; }
+th, td { border-bottom: 1px solid #d5dae0; padding: 6px 10px 6px 0; vertical-align: top; }
+th { text-align: left; color: #57606a; } .r { text-align: right; white-space: nowrap; }
+svg { width: 100%; height: auto; } code { font-size: 0.85em; }
+@media (prefers-color-scheme: dark) { body { color: #d7dde4; background: #14181d; }
+  th, td { border-color: #333b44; } th { color: #9aa5b1; } }
+"""
+
+
+def as_html(found: Analysis, plots: dict[str, str]) -> str:
+    """The report as one page that needs nothing else."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{_escaped(found.matrix.title)}</title>",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>{_escaped(found.matrix.title)}</h1>",
+    ]
+    for title, blocks in _sections(found):
+        parts += [f"<h2>{_escaped(title)}</h2>"] if title else []
+        for block in blocks:
+            if isinstance(block, Picture):
+                parts.append(f"<figure>{plots[block.file]}</figure>")
+            elif isinstance(block, Table):
+                parts.append(_html_table(block))
+            else:
+                parts.append(f"<p>{_marked(block)}</p>")
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        texts = [
+            f"<{tag}{'' if i < table.left else ' class=r'}>{_marked(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        ]
+        return f"<tr>{''.join(texts)}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in table.body)
+    return f"<table><thead>{row(table.head, 'th')}</thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _escaped(text: str) -> str:
+    return html_module.escape(text)
+
+
+def _marked(text: str) -> str:
+    """Escaped, with the two Markdown marks that the texts use."""
+    text = _escaped(text)
+    for mark, tag in (("**", "strong"), ("`", "code")):
+        pieces = text.split(mark)
+        if len(pieces) % 2:
+            text = "".join(
+                f"<{tag}>{piece}</{tag}>" if i % 2 else piece for i, piece in enumerate(pieces)
+            )
+    return text

@@ -1,0 +1,323 @@
+"""Carry out the cells of a matrix: several processes at once, resumable, one failure stops nothing.
+
+Cells are small and many, and most of a short run's first seconds are imports. So a worker is a
+process that lives for many cells: it reads the id of a cell from its standard input, carries it
+out, and answers with one line. A worker that dies (out of memory, a driver's fault) takes one cell
+with it, which is recorded as failed, and is replaced.
+
+Several workers on one accelerator pay off for models so small that launching kernels, not
+computing, is what takes the time; each is one thread on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npu_qat.experiments.matrix import Cell
+from npu_qat.experiments.matrix_store import FORMAT, Store, code_digest
+
+# The environment variable by which a process sees one accelerator only.
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+# What a worker's answer begins with; everything else on its standard output is a library's.
+ANSWER = "@cell "
+# A cell that is asked to stop finishes a step and writes a checkpoint.
+SECONDS_TO_STOP = 30.0
+# A cell is started only if a time limit leaves this many times what such a cell took last.
+MARGIN = 1.1
+# Failures in a row, or twice the number of workers if that is more, after which no cell is started:
+# the cause is then the machine (no memory, a broken driver), and the rest is spared.
+ENOUGH_FAILURES = 4
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how cells run.
+
+    Attributes:
+        command: starts a worker, e.g. ``python -m npu_qat experiment worker MATRIX ...``.
+        runs: folder of the runs' own folders and logs.
+        slots: one entry a worker: variables of its environment over this process's.
+    """
+
+    command: Sequence[str]
+    runs: Path
+    slots: Sequence[dict[str, str]]
+
+
+@dataclass
+class Progress:
+    """What became of the cells so far."""
+
+    done: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    not_started: list[str] = field(default_factory=list)
+    longest: float = 0.0
+
+
+def make_slots(jobs: int, devices: Sequence[str], kind: str) -> list[dict[str, str]]:
+    """Environments of ``jobs`` workers, spread over ``devices`` (numbers as the driver counts).
+
+    Raises ``ValueError`` if devices are named for a kind that has no numbers.
+    """
+    if not devices:
+        return [{} for _ in range(jobs)]
+    if kind not in VISIBLE:
+        raise ValueError(f"--devices goes with --device cuda or npu, not {kind}")
+    return [{VISIBLE[kind]: devices[i % len(devices)]} for i in range(jobs)]
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    store: Store,
+    workplace: Workplace,
+    say: Callable[[str], None],
+    *,
+    time_limit: float | None = None,
+    known: Mapping[str, float] | None = None,
+) -> Progress:
+    """Carry out ``cells`` in order, several at a time; results go to ``store``.
+
+    Args:
+        cells: what to do; those that have a result are not among them.
+        store: where workers write results; here only the deaths of workers are recorded.
+        workplace: how to start workers.
+        say: prints a line.
+        time_limit: seconds after which running cells are asked to stop. A cell that would not end
+            before is not started, a shorter one behind it is.
+        known: arm -> seconds that a cell of it took earlier.
+    """
+    scheduler = _Scheduler(list(cells), store, workplace, say, time_limit, dict(known or {}))
+    threads = [
+        threading.Thread(target=scheduler.work, args=(slot, number), daemon=True)
+        for number, slot in enumerate(workplace.slots)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        scheduler.watch(threads)
+    except KeyboardInterrupt:
+        say("stopping: running cells write a checkpoint; the same command goes on from there")
+        scheduler.stop()
+        for thread in threads:
+            thread.join()
+    scheduler.progress.not_started = [cell.id for cell in scheduler.waiting]
+    return scheduler.progress
+
+
+class _Scheduler:
+    def __init__(
+        self,
+        waiting: list[Cell],
+        store: Store,
+        workplace: Workplace,
+        say: Callable[[str], None],
+        time_limit: float | None,
+        known: dict[str, float],
+    ) -> None:
+        self.waiting, self.store, self.workplace, self.say = waiting, store, workplace, say
+        self.started = time.monotonic()
+        self.end = None if time_limit is None else self.started + time_limit
+        self.total = len(waiting)
+        self.expected = {cell.id for cell in waiting if cell.arm.expect == "refused"}
+        self.progress = Progress()
+        self.known = known
+        self.failures_in_a_row = 0
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+        self.workers: dict[int, subprocess.Popen[str]] = {}
+
+    def watch(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait for the workers; at the time limit ask them to stop, and soon make them."""
+        while any(thread.is_alive() for thread in threads):
+            if self.end is not None and time.monotonic() > self.end and not self.stopping.is_set():
+                self.say("time limit: running cells are asked to stop")
+                self.stop()
+            for thread in threads:
+                thread.join(timeout=0.2)
+
+    def stop(self) -> None:
+        """Start no cell any more and ask the running ones to stop; kill what does not."""
+        self.stopping.set()
+        for worker in list(self.workers.values()):
+            worker.terminate()
+        threading.Timer(SECONDS_TO_STOP, self._kill).start()
+
+    def _kill(self) -> None:
+        for worker in list(self.workers.values()):
+            if worker.poll() is None:
+                worker.kill()
+
+    def next(self) -> Cell | None:
+        """The next cell, or None if there is none or no time for it."""
+        with self.lock:
+            if self.stopping.is_set() or self._hopeless():
+                return None
+            left = math.inf if self.end is None else self.end - time.monotonic()
+            for i, cell in enumerate(self.waiting):
+                if left > MARGIN * self._expected_seconds(cell):
+                    return self.waiting.pop(i)
+            return None
+
+    def _expected_seconds(self, cell: Cell) -> float:
+        """What the last cell of its arm took, else the longest of any so far."""
+        return self.known.get(cell.arm.name, self.progress.longest)
+
+    def _hopeless(self) -> bool:
+        """Whether everything fails now."""
+        return self.failures_in_a_row >= max(ENOUGH_FAILURES, 2 * len(self.workplace.slots))
+
+    def work(self, slot: dict[str, str], number: int) -> None:
+        """One worker after another until nothing is left."""
+        cell = self.next()
+        while cell is not None:
+            with (self.workplace.runs / f"worker-{number}.log").open("a") as log:
+                worker = self._start(slot, log)
+                self.workers[number] = worker
+                while cell is not None and self._carry_out(worker, cell, number):
+                    cell = self.next()
+                assert worker.stdin is not None
+                worker.stdin.close()
+                worker.wait()
+            if self.stopping.is_set():
+                return
+            if cell is not None:  # the worker died with it
+                cell = self.next()
+
+    def _start(self, slot: dict[str, str], log: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            list(self.workplace.command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **slot},
+            # Ctrl-C reaches this process alone, which then asks each worker once.
+            start_new_session=True,
+        )
+
+    def _carry_out(self, worker: subprocess.Popen[str], cell: Cell, number: int) -> bool:
+        """Have ``worker`` do ``cell``; False if it is not there any more."""
+        started = time.monotonic()
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            worker.stdin.write(cell.id + "\n")
+            worker.stdin.flush()
+            answer = next((line for line in worker.stdout if line.startswith(ANSWER)), None)
+        except BrokenPipeError:
+            answer = None
+        seconds = time.monotonic() - started
+        if answer is None:
+            self._died(worker, cell, seconds, number)
+            return False
+        said = json.loads(answer.removeprefix(ANSWER))
+        self._note(said["status"], cell, seconds, said.get("text", ""))
+        return said["status"] != "stopped"
+
+    def _note(self, status: str, cell: Cell, seconds: float, text: str) -> None:
+        with self.lock:
+            getattr(self.progress, status).append(cell.id)
+            if status == "failed" and cell.id not in self.expected:
+                self.failures_in_a_row += 1
+            if status == "done":
+                self.failures_in_a_row = 0
+                self.known[cell.arm.name] = seconds
+                self.progress.longest = max(self.progress.longest, seconds)
+            count = len(self.progress.done) + len(self.progress.failed)
+            elapsed = time.monotonic() - self.started
+            self.say(
+                f"[{elapsed:6.0f} s] {count}/{self.total} {cell.id}: {status}"
+                f"{', ' + text if text else ''} ({seconds:.0f} s)"
+            )
+
+    def _died(self, worker: subprocess.Popen[str], cell: Cell, seconds: float, number: int) -> None:
+        code = worker.wait()
+        if self.stopping.is_set():
+            self._note("stopped", cell, seconds, "its checkpoint is kept")
+            return
+        text = f"the worker ended with code {code}; see worker-{number}.log"
+        self.store.add(
+            cell,
+            {
+                "format": FORMAT,
+                "matrix": cell.matrix,
+                "arm": cell.arm.name,
+                "model": cell.model,
+                "seed": cell.seed,
+                "digest": cell.digest,
+                "code": code_digest(),
+                "status": "failed",
+                "error": {"type": "WorkerDied", "text": text, "traceback": []},
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            },
+        )
+        self._note("failed", cell, seconds, text)
+
+
+def serve_cells(cells: Sequence[Cell], store: Store, runs: Path, *, keep_runs: bool = False) -> int:
+    """The worker's side: read ids from standard input, carry the cells out, answer.
+
+    Returns the exit code.
+    """
+    import shutil
+
+    from rich.console import Console
+
+    from npu_qat.experiments.matrix_cell import run_cell
+    from npu_qat.training.loop import Interrupted
+
+    by_id = {cell.id: cell for cell in cells}
+    for line in sys.stdin:
+        cell = by_id[line.strip()]
+        run_dir = runs / f"{cell.id}--{cell.digest}--{code_digest()}"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "log.txt").open("a", encoding="utf-8") as log:
+            try:
+                record = run_cell(cell, run_dir, Console(file=log, width=160))
+            except (Interrupted, KeyboardInterrupt):
+                _answer({"status": "stopped"})
+                return 0
+        store.add(cell, record)
+        _release()
+        if record["status"] == "done" and not keep_runs:
+            shutil.rmtree(run_dir)
+        _answer({"status": record["status"], "text": _in_short(record)})
+    return 0
+
+
+def _release() -> None:
+    """Give memory back that the cell needed and the next one, or another worker, may need."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _answer(content: dict[str, Any]) -> None:
+    print(ANSWER + json.dumps(content), flush=True)
+
+
+def _in_short(record: dict[str, Any]) -> str:
+    """A result on the screen."""
+    if record["status"] == "failed":
+        return f"{record['error']['type']}: {record['error']['text']}"[:200]
+    parts = []
+    for row, found in record["evaluations"].items():
+        if "strict" in found:
+            parts.append(f"{row} {found['strict']['mean']:.1%}")
+        else:
+            parts.append(f"{row} ppl {found['answer_perplexity']['mean']:.4g}")
+    return ", ".join(parts)
