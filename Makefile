@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-distributed test-slow lint format types wheel constraints clean clean-venv FORCE
+.PHONY: help setup demo test test-distributed contract-vllm test-slow contract kernels lint format types wheel constraints clean clean-venv FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -33,8 +33,19 @@ test: $(VENV)/.stamp ## the tests that run on any machine
 test-distributed: $(VENV)/.stamp ## the tests that start several processes, one after another
 	@$(ONE_THREAD) $(RUN) pytest -m "distributed and not slow and not gpu" $(TEST_ARGS)
 
+contract-vllm: ## our exports in the real vllm and vllm-ascend (an environment of its own, 2 GB)
+	@$(PYTHON) tests/contract_vllm/environment.py python -m pytest -m contract tests/contract_vllm tests/deploy/test_real_reader.py tests/parity/test_vllm_protocol.py $(TEST_ARGS)
+
 test-slow: $(VENV)/.stamp ## the tests that take long
 	@$(ONE_THREAD) $(RUN) pytest -m "slow and not contract and not container and not gpu" $(TEST_ARGS)
+
+kernels: $(VENV)/.stamp ## the AscendC kernels on the host model, with their mutation tests
+	@$(RUN) kernels_ascendc.build host
+	@$(ONE_THREAD) $(RUN) pytest -n $(TEST_JOBS) -m "not gpu" tests/kernels_ascendc tests/backends/test_ascendc.py $(TEST_ARGS)
+
+# Makes an environment of its own in the user's cache folder when there is none yet.
+contract: ## the NPU code against the real torch-npu package, on a CPU
+	@$(PYTHON) tests/contract/environment.py python -m pytest -n $(TEST_JOBS) --dist loadfile -m contract tests/contract $(TEST_ARGS)
 
 lint: $(VENV)/.stamp ## ruff: rules and format
 	@$(RUN) ruff check .

@@ -28,7 +28,9 @@ ORDER = [
     "evaluation",
     "reporting",
     "deploy",
+    "parity",
     "experiments",
+    "bench",
     "cli",
 ]
 # Files outside the rooms: the front door leads anywhere (lazily), the version nowhere.

@@ -4,9 +4,9 @@ Each file has ``add_parser`` (what the command takes) and ``run`` (what it does,
 Parsers are built without importing torch, pydantic or rich, so that ``--help`` answers at once;
 ``run`` imports what it needs.
 
-Exit codes: 0 done; 1 ``doctor`` found something missing, or ``validate`` something wrong; 2 a
-mistake or a failure, explained in one ``error:`` line; 130 stopped by Ctrl-C. The environment
-variable ``NPU_QAT_DEBUG=1`` shows the traceback instead of the line alone.
+Exit codes: 0 done; 1 ``doctor`` found something missing, ``validate`` something wrong, ``parity``
+or ``serve-check`` a difference; 2 a mistake or a failure, explained in one ``error:`` line; 130
+stopped by Ctrl-C. The environment variable ``NPU_QAT_DEBUG=1`` shows the traceback instead.
 
 Under ``torchrun -m npu_qat ...`` and ``deepspeed --module npu_qat ...`` every process runs this
 same code and only rank 0 prints.
@@ -21,10 +21,35 @@ import sys
 from collections.abc import Sequence
 
 from npu_qat.__about__ import __version__
-from npu_qat.cli import config, doctor, evaluate, export, train, validate
+from npu_qat.backends.npu_installation import prepare_process
+from npu_qat.cli import (
+    bench,
+    config,
+    doctor,
+    evaluate,
+    experiment,
+    export,
+    parity,
+    scan,
+    serve_check,
+    train,
+    validate,
+)
 from npu_qat.cli.terminal import INTERRUPTED, report_error, report_line
 
-COMMANDS = (train, evaluate, export, validate, config, doctor)
+COMMANDS = (
+    train,
+    evaluate,
+    scan,
+    experiment,
+    export,
+    validate,
+    parity,
+    serve_check,
+    bench,
+    config,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
+    prepare_process()
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from npu_qat.config import Loaded
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "npu", "ascendc")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:

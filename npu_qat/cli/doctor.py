@@ -180,10 +180,12 @@ def _devices() -> Iterator[Check]:
 
 
 def _ascend() -> Iterator[Check]:
-    """Only on machines with an NPU's device files or an Ascend toolkit."""
-    nodes = sorted(Path("/dev").glob("davinci[0-9]*"))
-    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    if not nodes and not home:
+    """Only on machines with an NPU's device files, an Ascend toolkit or torch-npu."""
+    from npu_qat.backends import npu_installation as ascend
+
+    nodes = ascend.device_nodes()
+    home, torch_npu = ascend.cann_home(), _version("torch-npu")
+    if not nodes and home is None and torch_npu is None:
         return
     yield Check(
         "ascend",
@@ -192,69 +194,104 @@ def _ascend() -> Iterator[Check]:
         f"{len(nodes)} NPUs" if nodes else "none under /dev",
         "" if nodes else "pass the NPUs to the container: --device /dev/davinci0 ...",
     )
+    driver = ascend.driver_version()
+    yield Check(
+        "ascend",
+        "driver",
+        "ok" if driver else "warning",
+        driver or "no version.info of a driver",
+        "" if driver else f"install the driver, or mount {ascend.ASCEND}/driver into the container",
+    )
+    yield _cann(home)
+    library = ascend.hccl_library()
+    yield Check(
+        "ascend",
+        "HCCL",
+        "ok" if library else "warning",
+        str(library or "libhccl.so is not on LD_LIBRARY_PATH"),
+        "" if library else f"source {ascend.set_env_script()}",
+    )
+    if _version("torch") is not None:
+        yield from _torch_npu(home, torch_npu)
+
+
+def _cann(home: Path | None) -> Check:
+    from npu_qat.backends import npu_installation as ascend
+
     if home is None:
-        yield Check(
-            "ascend",
-            "CANN",
-            "warning",
-            "ASCEND_HOME_PATH is not set",
-            "source set_env.sh of the CANN toolkit",
-        )
-    else:
-        yield Check("ascend", "CANN", "ok", f"{_cann_version(Path(home))} at {home}")
-    torch, torch_npu = _version("torch"), _version("torch-npu")
-    if torch and torch_npu and version_key(torch)[:2] != version_key(torch_npu)[:2]:
-        yield Check(
-            "ascend",
-            "torch-npu",
-            "warning",
-            f"{torch_npu} does not fit torch {torch}",
-            "the first two numbers must be equal: pip install 'npu-qat[npu]'",
-        )
+        advice = f"source {ascend.set_env_script()}"
+        return Check("ascend", "CANN", "warning", "ASCEND_HOME_PATH is not set", advice)
+    version = ascend.cann_version(home)
+    value = f"{version or 'version unknown'} at {home}"
+    if version and version_key(version)[:2] < ascend.LOWEST_CANN_WITH_MX:
+        advice = "MXFP4 operators came with CANN 9.0; without them they are emulated"
+        return Check("ascend", "CANN", "warning", value, advice)
+    return Check("ascend", "CANN", "ok", value)
 
 
-def _cann_version(home: Path) -> str:
-    for file in (
-        home / "version.cfg",
-        home / "version.info",
-        *home.glob("*/ascend_*_install.info"),
-    ):
-        if file.is_file():
-            found = re.search(
-                r"(?i)^\W*version\W*=\W*\[?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE
-            )
-            if found:
-                return found[1]
-    return "version unknown"
+def _torch_npu(home: Path | None, torch_npu: str | None) -> Iterator[Check]:
+    """Whether torch, torch-npu and CANN fit, and what the chip can do."""
+    from npu_qat.backends import npu_installation as ascend
+
+    if torch_npu is None:
+        value, advice = "not installed", OPTIONAL["torch-npu"]
+        yield Check("ascend", "torch-npu", "warning", value, advice)
+        return
+    cann = None if home is None else ascend.cann_version(home)
+    problem = ascend.pairing_problem(_version("torch") or "", torch_npu, cann)
+    yield Check(
+        "ascend",
+        "torch-npu",
+        "warning" if problem else "ok",
+        problem or f"{torch_npu} fits torch {_version('torch')}",
+        "pip install 'npu-qat[npu]' takes a pair that fits" if problem else "",
+    )
+    from npu_qat.backends import probe_devices
+    from npu_qat.backends.npu import current_soc
+
+    if next(probe for probe in probe_devices() if probe.name == "npu").available:
+        import torch
+
+        soc = current_soc(torch.npu)  # type: ignore[attr-defined]
+        yield Check("ascend", "chip", "ok", f"{soc}: {soc.capability}")
 
 
 def _deepspeed() -> Check:
     area, name = "training", "DeepSpeed accelerator"
     if _version("deepspeed") is None or _version("torch") is None:
         return Check(area, name, "missing", "DeepSpeed or torch is not installed", "see packages")
-    named = os.environ.get("DS_ACCELERATOR")
-    with _device_for_deepspeed():
+    from npu_qat.backends import select
+
+    chosen, named = select("auto").device.type, os.environ.get("DS_ACCELERATOR")
+    with _device_for_deepspeed(chosen):
         try:
             module = importlib.import_module("deepspeed.accelerator")
             accelerator = module.get_accelerator()
-            value = f"{accelerator._name} with {accelerator.communication_backend_name()}"
+            found = str(accelerator._name)
+            value = f"{found} with {accelerator.communication_backend_name()}"
         except Exception as error:  # an import of DeepSpeed fails in many ways
             return Check(
                 area, name, "missing", f"cannot be imported: {error}", "reinstall deepspeed"
             )
+    if named and found != chosen:
+        return Check(
+            area,
+            name,
+            "warning",
+            f"{value} (DS_ACCELERATOR={named}), but a run would take {chosen}",
+            "unset DS_ACCELERATOR: each run sets it to its own device, before it imports DeepSpeed",
+        )
     why = f"DS_ACCELERATOR={named}" if named else "each run sets it to its own device"
     return Check(area, name, "ok", f"{value} ({why})")
 
 
 @contextlib.contextmanager
-def _device_for_deepspeed() -> Iterator[None]:
+def _device_for_deepspeed(chosen: str) -> Iterator[None]:
     """``DS_ACCELERATOR`` as a run on the chosen device would set it."""
     if "DS_ACCELERATOR" in os.environ:
         yield
         return
-    from npu_qat.backends import select
-
-    os.environ["DS_ACCELERATOR"] = select("auto").device.type
+    os.environ["DS_ACCELERATOR"] = chosen
     try:
         yield
     finally:

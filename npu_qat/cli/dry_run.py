@@ -94,6 +94,7 @@ class Plan:
     problems_note: str
     steps: int
     stages: list[StagePlan]
+    multipliers: list[tuple[int, dict[str, float]]]
     device: str
     estimate: GenerationEstimate | None
 
@@ -106,7 +107,7 @@ def build_plan(config: RunConfig) -> Plan:
             matches nothing, layers that the model does not have, an invalid schedule.
     """
     from npu_qat.layers.plan import plan_linears
-    from npu_qat.noise.norms import find_rms_norms
+    from npu_qat.noise.norms import find_rms_norms, select_norms
 
     architecture, source = read_architecture(config.model)
     model = build_on_meta(architecture, config.model)
@@ -114,7 +115,8 @@ def build_plan(config: RunConfig) -> Plan:
     problems, note = _problem_counts(config)
     steps = _steps(config, problems[0])
     norms = find_rms_norms(model) if config.noise.enabled else {}
-    device, reason = _device(config.run.device)
+    chosen = select_norms(model, norms, config.noise) if config.noise.enabled else {}
+    device, reason = _device(config.run.device, config.run.backend)
     lora = _lora_parameters(linears, config)
     return Plan(
         config=config,
@@ -126,12 +128,13 @@ def build_plan(config: RunConfig) -> Plan:
             p.in_features * p.out_features for p in linears if p.weight_profile is not None
         ),
         lora_parameters=lora,
-        norms=len(norms),
+        norms=len(chosen),
         memory=_memory(model, architecture, linears, lora, config),
         problems=problems,
         problems_note=note,
         steps=steps,
         stages=_stages(config, steps, problems[0], norms),
+        multipliers=_multipliers(config, steps, norms, chosen),
         device=reason,
         estimate=_estimate(device, linears, config),
     )
@@ -332,6 +335,38 @@ def _stages(config: RunConfig, steps: int, problems: int, norms: dict[str, Any])
     return plans
 
 
+def _multipliers(
+    config: RunConfig, steps: int, norms: dict[str, Any], chosen: dict[str, Any]
+) -> list[tuple[int, dict[str, float]]]:
+    """(first step, multiplier by layer) whenever the multipliers change; "other" is the final norm.
+
+    Raises ``ValueError`` if they leave every chosen norm without noise.
+    """
+    if not (config.noise.enabled and config.noise.layers.enabled):
+        return []
+    from npu_qat.noise import LayerMultipliers
+
+    layers = {index for path in norms if (index := layer_index(path)) is not None}
+    table = LayerMultipliers(config.noise.layers, layers)
+    hit = {layer_index(path) for path in chosen}
+    inside = sorted(layer for layer in hit if layer is not None)
+    order: list[int | None] = [*inside, *([None] if None in hit else [])]
+    found: list[tuple[int, dict[str, float]]] = []
+    for step in range(steps):
+        now = {
+            "other" if layer is None else str(layer): table.multiplier(layer, step, steps)
+            for layer in order
+        }
+        if not found or found[-1][1] != now:
+            found.append((step, now))
+    if not any(value > 0.0 for _, now in found for value in now.values()):
+        raise ValueError(
+            "noise.layers: the multipliers of all norms that noise.target_modules and "
+            "noise.exclude leave are 0, so there would be no noise"
+        )
+    return found
+
+
 def changed_fraction(sigma: float, noise: NoiseConfig, model_dtype: str) -> float:
     """Share of norm weights equal to 1 that noise of ``sigma`` changes in the dtype that holds
     them. The run measures the same on the real weights."""
@@ -347,12 +382,12 @@ def changed_fraction(sigma: float, noise: NoiseConfig, model_dtype: str) -> floa
 # ---------------------------------------------------------------- time
 
 
-def _device(name: str) -> tuple[torch.device | None, str]:
+def _device(name: str, backend: str) -> tuple[torch.device | None, str]:
     """The device of the run, or None and the reason why it is not here."""
     from npu_qat.backends import BackendUnavailable, select
 
     try:
-        selection = select(name)
+        selection = select(name, backend)
     except BackendUnavailable as error:
         return None, str(error)
     return selection.device, selection.reason
@@ -430,6 +465,8 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
         holds = "fp32" if noise.norm_dtype == "fp32" else plan.config.model.dtype
         when = {"both": "rollout and training"}.get(noise.apply_during, noise.apply_during)
         yield f"noise on {plan.norms} RMSNorms held in {holds}, during {when}", _noise_table(plan)
+    if plan.multipliers:
+        yield "sigma times", _multiplier_table(plan)
 
 
 def _recipe_in_words(config: RunConfig) -> str:
@@ -541,6 +578,22 @@ def _noise_table(plan: Plan) -> Table:
             f"{stage.changed:.1%}" if stage.sigma else "-",
             "inert: below the resolution of the dtype" if stage.inert else "",
         )
+    return table
+
+
+def _multiplier_table(plan: Plan) -> Table:
+    """Layers of one multiplier together, a row for each phase of the run."""
+    table = _table(">from step", "multiplier: decoder layers")
+    for first, multipliers in plan.multipliers:
+        groups: dict[float, list[str]] = {}
+        for name, value in multipliers.items():
+            groups.setdefault(value, []).append(name)
+        parts = []
+        for value, names in sorted(groups.items()):
+            layers = _ranges([int(name) for name in names if name != "other"])
+            others = "norms outside of the layers" if "other" in names else ""
+            parts.append(f"{value:.4g}: {', '.join(filter(None, (layers, others)))}")
+        table.add_row(str(first + 1), "; ".join(parts))
     return table
 
 

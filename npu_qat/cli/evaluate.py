@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from npu_qat.cli.arguments import DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import make_console, rank
 
 EXAMPLES = examples(
@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
     add_config_arguments(parser, positional=False)
     parser.add_argument("--device", choices=DEVICES, help="same as --set run.device=...")
+    parser.add_argument("--backend", choices=BACKENDS, help="same as --set run.backend=...")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out ``evaluate`` and return its exit code."""
     run_dir = _checked_run_dir(args)
     config_file = None if run_dir is None else str(run_dir / "config.yaml")
-    options = {"run.device": args.device, "model.path": args.model}
+    options = {"run.device": args.device, "run.backend": args.backend, "model.path": args.model}
     given = {key: value for key, value in options.items() if value is not None}
     loaded = load_from(args, config=config_file, preset=args.preset, options=given)
 

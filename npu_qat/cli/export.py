@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from npu_qat.deploy.adapter import Adapter
     from npu_qat.deploy.export import Exported
     from npu_qat.deploy.formats import Writer
+    from npu_qat.deploy.run_source import TrainedBase
 
 FORMATS = ("ascend", "compressed-tensors")
 SCHEMES = ("W4A4_MXFP4", "W4A8_MXFP")
@@ -83,16 +85,18 @@ def run(args: argparse.Namespace) -> int:
 
     from npu_qat.deploy import PackedCore, open_checkpoint
     from npu_qat.deploy.export import export
-    from npu_qat.deploy.run_source import trained_errors
+    from npu_qat.deploy.run_source import trained_base, trained_errors
 
     adapter, choice = _adapter(args, run_dir)
     writer = _writer(args)
+    base = None if run_dir is None else trained_base(run_dir)
+    known = base is not None and base.fingerprint is not None
     core = PackedCore(
         open_checkpoint(config.model),
         config.quant,
         merge=adapter if choice == "merge" else None,
-        input_scales=_input_scales(config, args),
-        trained_errors={} if run_dir is None else trained_errors(run_dir),
+        input_scales=_input_scales(config, args, base),
+        trained_errors={} if run_dir is None or known else trained_errors(run_dir),
     )
     exported = export(
         core,
@@ -100,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.output),
         adapter=adapter if choice == "keep" else None,
         any_activations=args.any_activations,
+        trained=None if base is None else base.fingerprint,
     )
     if args.json:
         import json
@@ -154,14 +159,18 @@ def _writer(args: argparse.Namespace) -> Writer:
     return CompressedTensorsWriter(args.tensor_parallel)
 
 
-def _input_scales(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Calibrated scales where the format and the recipe need them."""
+def _input_scales(
+    config: RunConfig, args: argparse.Namespace, base: TrainedBase | None
+) -> Mapping[str, Any]:
+    """Calibrated scales where the format and the recipe need them: the run's own if it has any."""
     from npu_qat.numerics.profiles import get_profile
 
     recipe = config.quant
     needed = recipe.quantizes_input and get_profile(recipe.activation_profile).tensor_scale
     if not needed or args.format == "ascend":
         return {}
+    if base is not None:
+        return base.input_scales
     from npu_qat.deploy.run_source import calibrated_inputs
 
     return calibrated_inputs(config)

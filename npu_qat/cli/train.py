@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import INTERRUPTED, make_console, world_size
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     add_config_arguments(parser)
     parser.add_argument("--device", choices=DEVICES, help="same as --set run.device=...")
+    parser.add_argument("--backend", choices=BACKENDS, help="same as --set run.backend=...")
     parser.add_argument("--output", metavar="DIR", help="run directory (run.output_dir)")
     parser.add_argument(
         "--resume",
@@ -117,6 +118,7 @@ def _load(args: argparse.Namespace, console: Any) -> Loaded:
             preset = "demo"
     options = {
         "run.device": args.device,
+        "run.backend": args.backend,
         "run.output_dir": args.output,
         "run.resume": args.resume,
     }

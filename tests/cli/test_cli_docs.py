@@ -10,7 +10,17 @@ import pytest
 from npu_qat.cli import build_parser, dry_run, main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("docs/cli.md", "docs/configuration.md", "docs/training.md")
+PAGES = (
+    *(
+        "docs/cli.md",
+        "docs/experiments.md",
+        "docs/configuration.md",
+        "docs/training.md",
+        "docs/performance.md",
+    ),
+    "docs/ascend.md",
+    "docs/conformance.md",
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

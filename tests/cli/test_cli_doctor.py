@@ -78,7 +78,8 @@ def test_without_torch_the_rest_is_still_examined(monkeypatch: pytest.MonkeyPatc
 def test_what_is_needed_is_what_the_package_declares() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     block = text.split("\ndependencies = [")[1].split("]")[0]
-    declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)', block))
+    # Those with a condition (numba) are not needed everywhere.
+    declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)[,<\d]*"', block))
     assert declared == doctor.NEEDED
 
 
@@ -89,15 +90,71 @@ def test_versions_are_compared_by_their_numbers(version: str, key: tuple[int, ..
     assert doctor.version_key(version) == key
 
 
+def ascend_checks(
+    monkeypatch: pytest.MonkeyPatch, home: str | None, **versions: str
+) -> dict[str, doctor.Check]:
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("ASCEND_HOME_PATH", home)
+    named = {name.replace("_", "-"): version for name, version in versions.items()}
+    monkeypatch.setattr(doctor, "_version", named.get)
+    return {check.name: check for check in doctor._ascend()}
+
+
+def test_a_machine_without_ascend_software_hears_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ascend_checks(monkeypatch, None, torch="2.13.0") == {}
+
+
 def test_an_ascend_machine_without_its_toolkit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/nowhere")
-    versions = {"torch": "2.13.0", "torch-npu": "2.10.0.post4"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    found = {check.name: check for check in doctor._ascend()}
+    found = ascend_checks(
+        monkeypatch, "/usr/local/nowhere", torch="2.13.0", torch_npu="2.10.0.post4"
+    )
     assert found["CANN"].value == "version unknown at /usr/local/nowhere"
     assert found["torch-npu"].status == "warning"
+    assert "needs torch 2.10.0, not 2.13.0" in found["torch-npu"].value
+    assert found["device files"].status == found["driver"].status == "warning"
+    assert "set_env.sh" in found["HCCL"].advice
 
 
-def test_the_toolkits_version_is_read_from_its_files(tmp_path: Path) -> None:
-    (tmp_path / "version.cfg").write_text("# x\nVersion=9.1.0\n")
-    assert doctor._cann_version(tmp_path) == "9.1.0"
+def test_an_environment_that_was_not_sourced_is_told_what_to_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = ascend_checks(monkeypatch, None, torch="2.10.0+cpu", torch_npu="2.10.0.post4")
+    assert found["CANN"].status == "warning"
+    assert "source" in found["CANN"].advice and "set_env.sh" in found["CANN"].advice
+    assert found["torch-npu"].status == "ok"
+
+
+@pytest.mark.parametrize(("version", "status"), [("8.5.0", "warning"), ("9.1.0", "ok")])
+def test_a_toolkit_without_fp4_operators_is_a_warning(
+    version: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.cfg").write_text(f"Version={version}\n")
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libhccl.so").touch()
+    found = ascend_checks(monkeypatch, str(tmp_path), torch="2.10.0")
+    assert (found["CANN"].status, version in found["CANN"].value) == (status, True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}/lib64")
+    assert {c.name: c for c in doctor._ascend()}["HCCL"].status == "ok"
+
+
+def test_an_accelerator_that_contradicts_the_device_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DS_ACCELERATOR left over in a shell: DeepSpeed would train elsewhere than the model is."""
+    accelerator = type("Cuda", (), {"_name": "cuda", "communication_backend_name": lambda s: "x"})
+    module = type("M", (), {"get_accelerator": staticmethod(accelerator)})
+    real = doctor.importlib.import_module
+    monkeypatch.setattr(
+        doctor.importlib,
+        "import_module",
+        lambda n: module if n == "deepspeed.accelerator" else real(n),
+    )
+    chosen = type("S", (), {"device": type("D", (), {"type": "cpu"})})
+    monkeypatch.setattr("npu_qat.backends.selection.select", lambda name: chosen)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    found = doctor._deepspeed()
+    assert found.status == "warning" and "a run would take cpu" in found.value

@@ -138,6 +138,32 @@ def test_targeted_noise_is_judged_where_it_is_strongest() -> None:
     assert all(stage.inert for stage in plan.stages if stage.sigma)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["noise.target_modules=[ln_f]"], "names 'ln_f', but the RMSNorms"),
+        (["noise.exclude=[layers.9]"], "'layers.9', which matches no module"),
+        (["noise.layers={default_multiplier: 0}"], "every multiplier is 0"),
+        (
+            ["noise.layers={default_multiplier: 0, layer_multipliers: {1: 1}}",
+             "noise.exclude=[layers.1]"],
+            "so there would be no noise",
+        ),
+    ],
+)  # fmt: skip
+def test_noise_that_would_reach_no_norm_is_refused_before_the_run(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of("demo", *overrides)
+
+
+def test_the_multipliers_are_in_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(plan_of("plan-e13d"), capsys)
+    assert "1: 0-5, 16-27, norms outside of the layers; 1.5: 6-15" in out
+    assert "sigma times" not in printed(plan_of("plan-e13b"), capsys)
+
+
 def test_fine_tuning_has_no_generation_to_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of("demo", "train.method=sft", "train.steps=5", "noise.apply_during=training")
     assert plan.estimate is None

@@ -26,6 +26,7 @@ def test_sections_cannot_be_changed_and_refuse_unknown_keys() -> None:
         ({"weight_profile": "fork-mxfp4", "block_axis": "column"}, "set block_axis: row"),
         ({"activation_profile": "fork-nvfp4-column"}, "activations have none of"),
         ({"injection_point": "none", "lora_input": "quantised"}, "needs a quantised input"),
+        ({"injection_point": "both", "lora_output": "quantised"}, "needs a quantised output"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(kwargs: dict[str, Any], message: str) -> None:

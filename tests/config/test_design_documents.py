@@ -149,6 +149,7 @@ def test_injection_points_are_kept(tmp_path: Path, point: str) -> None:
     quant = hardware(tmp_path, injection_point=point).quant
     assert quant.injection_point == point
     assert quant.lora_input == ("quantised" if point in ("input", "both") else "full")
+    assert quant.lora_output == ("quantised" if "output" in point else "full")
 
 
 def test_the_two_meanings_of_both_are_pointed_out(tmp_path: Path) -> None:
