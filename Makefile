@@ -34,7 +34,7 @@ test-distributed: $(VENV)/.stamp ## the tests that start several processes, one 
 	@$(ONE_THREAD) $(RUN) pytest -m "distributed and not slow and not gpu" $(TEST_ARGS)
 
 contract-vllm: ## our exports in the real vllm and vllm-ascend (an environment of its own, 2 GB)
-	@$(PYTHON) tests/contract_vllm/environment.py python -m pytest -m contract tests/contract_vllm tests/deploy/test_real_reader.py tests/parity/test_vllm_protocol.py $(TEST_ARGS)
+	@$(PYTHON) tests/contract_vllm/environment.py python -m pytest -m contract tests/contract_vllm tests/deploy/test_real_reader.py tests/parity/test_library.py tests/parity/test_vllm_protocol.py $(TEST_ARGS)
 
 test-slow: $(VENV)/.stamp ## the tests that take long
 	@$(ONE_THREAD) $(RUN) pytest -m "slow and not contract and not container and not gpu" $(TEST_ARGS)

@@ -55,6 +55,21 @@ def _copy(linear: nn.Linear) -> nn.Linear:
     return made
 
 
+def _profiles(setup: Setup) -> list[str]:
+    """Those of PROFILES that the backend computes."""
+    from npu_qat.backends import BackendUnavailable
+
+    found = []
+    for profile in PROFILES:
+        try:
+            setup.selection.backend.check_profile(profile)
+        except BackendUnavailable as error:
+            setup.note(f"linear: no rows for {profile} ({error})")
+        else:
+            found.append(profile)
+    return found
+
+
 def _of_layer(setup: Setup, layer: str, tokens: int, features: int, out: int) -> Iterator[Row]:
     device = setup.selection.device
     torch.manual_seed(0)
@@ -62,7 +77,7 @@ def _of_layer(setup: Setup, layer: str, tokens: int, features: int, out: int) ->
     frozen.requires_grad_(False)
     layers: dict[str, nn.Module] = {"bf16": frozen}
     for storage in STORAGES:
-        for profile in PROFILES:
+        for profile in _profiles(setup):
             layers[f"{storage}-{profile}"] = quantized_linear(setup, frozen, storage, profile)
     x = torch.randn(tokens, features, device=device).bfloat16().requires_grad_()
     gradient = torch.randn(tokens, out, device=device).bfloat16()
@@ -88,7 +103,7 @@ def _times(setup: Setup, calls: Mapping[str, Callable[[], torch.Tensor]]) -> dic
 
 
 def _memory(setup: Setup, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]:
-    for profile in PROFILES:
+    for profile in _profiles(setup):
         for storage in STORAGES:
             stored = original = 0
             for features, out in shapes.values():

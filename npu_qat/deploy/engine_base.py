@@ -16,6 +16,7 @@ from npu_qat.deploy.compressed_tensors import CompressedTensorsWriter
 from npu_qat.deploy.core import PackedCore, fingerprint_of
 from npu_qat.deploy.export import export
 from npu_qat.deploy.reader import open_export
+from npu_qat.deploy.run_source import trained_base
 from npu_qat.deploy.validate import validate
 
 FOLDER = "engine-base"
@@ -27,13 +28,16 @@ def write_engine_base(config: RunConfig, folder: Path, device: str) -> None:
     Args:
         config: ``rollout.engine_format`` chooses the format; auto is ``ascend`` on an NPU, else
             ``compressed-tensors``.
-        folder: replaced if it is another base or damaged.
+        folder: in the run directory, whose ``base.json`` holds the calibrated scales of NVFP4
+            inputs; replaced if it is another base or damaged.
         device: type of the run's device.
 
     Raises:
         ValueError: the model or the recipe cannot be exported in that format.
     """
-    core = PackedCore(open_checkpoint(config.model), config.quant)
+    base = trained_base(folder.parent)
+    scales = {} if base is None else base.input_scales
+    core = PackedCore(open_checkpoint(config.model), config.quant, input_scales=scales)
     wanted = config.rollout.engine_format
     if wanted == "auto":
         wanted = "ascend" if device == "npu" else "compressed-tensors"
@@ -41,6 +45,8 @@ def write_engine_base(config: RunConfig, folder: Path, device: str) -> None:
         if _is_intact(folder, wanted, fingerprint_of(core).hexdigest()):
             return
         shutil.rmtree(folder)
+    # Of a run that was killed here: no other process writes it.
+    shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
     export(core, AscendWriter() if wanted == "ascend" else CompressedTensorsWriter(), folder)
 
 

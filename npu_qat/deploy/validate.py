@@ -14,6 +14,7 @@ reads is the model that was exported.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -374,6 +375,28 @@ class _CompressedTensors(_Examination):
                 AGAIN,
             )
             return
+        method, groups = self.settings.get("quant_method"), self.settings.get("config_groups") or {}
+        if method != "compressed-tensors":
+            yield Finding(
+                "config.json",
+                f"quantization_config: quant_method is {method!r}, so another reader takes it",
+                'set it to "compressed-tensors"',
+            )
+        if len(groups) != 1:
+            yield Finding(
+                "config.json",
+                f"quantization_config has {len(groups)} config_groups; one type for all quantised "
+                "linears is known",
+                AGAIN,
+            )
+        inner = self._group().get("format", self.layout)
+        if inner != self.layout:
+            yield Finding(
+                "config.json",
+                f"quantization_config: the group's format is {inner!r}, but all in all it is "
+                f"{self.layout!r}",
+                f"set both to {self.layout!r}",
+            )
         weights = self._group().get("weights") or {}
         wanted = {
             "num_bits": 4,
@@ -411,15 +434,17 @@ class _CompressedTensors(_Examination):
                     )
 
     def kind_of(self, path: str) -> str:
-        return FLOAT if path in self.settings.get("ignore", []) else self.layout
+        meant = _named(path, self._group().get("targets") or [])
+        ignored = _named(path, self.settings.get("ignore") or [])
+        return self.layout if meant and not ignored else FLOAT
 
     def disagreement(self, path: str) -> Iterator[Finding]:
         packed, plain = f"{path}.weight_packed", f"{path}.weight"
         if self.kind_of(path) == FLOAT and packed in self.stored and plain not in self.stored:
             yield Finding(
                 packed,
-                "packed, but config.json lists the linear under 'ignore'",
-                "remove it from quantization_config.ignore",
+                "packed, but config.json lists the linear under 'ignore', or not under 'targets'",
+                'remove it from quantization_config.ignore, and let targets be ["Linear"]',
             )
         if self.kind_of(path) != FLOAT and plain in self.stored and packed not in self.stored:
             yield Finding(
@@ -451,6 +476,17 @@ class _CompressedTensors(_Examination):
             return found
         positive = float(read_tensor(self.stored[name].file, name)) > 0
         return [] if positive else [Finding(name, "not positive, but a number to divide by", AGAIN)]
+
+
+def _named(path: str, entries: Iterable[str]) -> bool:
+    """Whether a list of compressed-tensors names the linear ``path``: by its path, by a regular
+    expression after ``re:`` that its path begins with, or by its class."""
+    return any(
+        re.match(entry.removeprefix("re:"), path) is not None
+        if entry.startswith("re:")
+        else entry in (path, "Linear")
+        for entry in entries
+    )
 
 
 # --- values and shapes ------------------------------------------------------------------------

@@ -42,8 +42,8 @@ READERS = {
 
 
 @runtime_checkable
-class ProducerBackend(Protocol):
-    """A backend with fused producers; shapes as in ``backends.cuda.producers``."""
+class NormBackend(Protocol):
+    """A backend with a fused RMSNorm; shapes as in ``backends.cuda.producers``."""
 
     def fuses(self, x: torch.Tensor, profile: str | None, *, row: bool) -> bool:
         """Whether ``rms_norm`` (``row``) or ``silu_mul`` take ``x`` with this profile."""
@@ -71,6 +71,11 @@ class ProducerBackend(Protocol):
     ) -> torch.Tensor:
         """dx from dy + slope * dq."""
         ...
+
+
+@runtime_checkable
+class ProducerBackend(NormBackend, Protocol):
+    """A backend with a fused SiLU * up, too."""
 
     def silu_mul(
         self,
@@ -114,7 +119,7 @@ class Handover:
     """Between one producer and the quantised linears that read its result."""
 
     def __init__(
-        self, state: QuantState, backend: ProducerBackend, readers: tuple[QuantLinear, ...]
+        self, state: QuantState, backend: NormBackend, readers: tuple[QuantLinear, ...]
     ) -> None:
         self.state, self.backend, self.readers = state, backend, readers
 
@@ -148,7 +153,7 @@ class _RmsNorm(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
-        backend: ProducerBackend,
+        backend: NormBackend,
         how: Quantizing,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight)
@@ -203,7 +208,7 @@ def fuse(model: nn.Module, state: QuantState) -> list[str]:
     classes, other activations) are left alone.
     """
     backend = state.backend
-    if not isinstance(backend, ProducerBackend):
+    if not isinstance(backend, NormBackend):
         return []
     readers: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
@@ -218,7 +223,7 @@ def fuse(model: nn.Module, state: QuantState) -> list[str]:
         make: Any  # functools.cache hides its type
         if kind in NORMS:
             wanted, make = readers.get(path, ()), _norm_class
-        elif kind in MLPS and _is_silu(module.act_fn):
+        elif kind in MLPS and _is_silu(module.act_fn) and isinstance(backend, ProducerBackend):
             wanted, make = (f"{path}.down_proj",), _mlp_class
         else:
             continue

@@ -385,7 +385,7 @@ class AQN:
     def _refuse_inert(self, best: StageCheck) -> None:
         remedy = "raise noise.sigma_start"
         if self.config.norm_dtype == "model":
-            remedy = "set noise.norm_dtype: fp32, or " + remedy
+            remedy = "set noise.norm_dtype: fp32 (with rollout.engine: hf), or " + remedy
         raise NoiseError(
             f"every noisy stage is below the resolution of the norm weights ({self._dtype_name}): "
             f"the best one, sigma {best.sigma:g} at steps {best.first_step} to {best.last_step}, "

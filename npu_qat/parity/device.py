@@ -351,6 +351,8 @@ def _judge_digests(entry: Entry, expected: QuantizedTensor, x: Tensor) -> Verdic
         "values": values,
         "decoded": values,
     }
+    if expected.level0_scales is not None:
+        wanted["level0_scales"] = expected.level0_scales
     wrong = [name for name, t in wanted.items() if digest(t) != entry.digests.get(name)]
     compared = Mismatches(expected.codes.numel(), expected.scales.numel())
     if not wrong:

@@ -113,7 +113,8 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         """No level failed, and at least codes and checkpoint were judged."""
-        return all(level.verdict != FAIL for level in self.levels)
+        verdicts = {level.key: level.verdict for level in self.levels}
+        return FAIL not in verdicts.values() and verdicts["L0"] == verdicts["L3"] == PASS
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

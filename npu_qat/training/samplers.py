@@ -123,21 +123,23 @@ class Gate:
         where rounding noise is as large as the effect of quantisation itself.
         """
         mean = fmean(self.gaps)
+        nearest = fmean(self.dropped) if self.dropped else float("inf")
         numbers = (
             f"over {len(self.gaps)} sampled tokens, noise off, its log-probabilities differ from "
             f"the trained modules' by {mean:.4f} in the mean, {max(self.gaps):.4f} at most"
         )
+        # First the fault that has a name: another one is far from both kinds of modules.
+        if nearest <= min(mean, limit):
+            raise TrainingError(
+                f"rollout.engine {name} drops the quantisation of activations: {numbers}, but by "
+                f"only {nearest:.4f} from modules with 16-bit inputs. Nothing was "
+                "trained. Take an engine that computes W4A4 (vllm-ascend on an Ascend 950; vllm "
+                "falls back to 16-bit inputs on most GPUs), or rollout.engine: hf"
+            )
         if mean > limit:
             raise TrainingError(
                 f"rollout.engine {name} does not compute the model that is trained: {numbers}; "
                 f"dapo.logp_gap_limit is {limit:g}. Nothing was trained. Look at the engine's "
                 "quantisation (npu-qat parity), or raise the limit if the noise floor of npu-qat "
                 "parity run is that high"
-            )
-        if self.dropped and mean >= fmean(self.dropped):
-            raise TrainingError(
-                f"rollout.engine {name} drops the quantisation of activations: {numbers}, but by "
-                f"only {fmean(self.dropped):.4f} from modules with 16-bit inputs. Nothing was "
-                "trained. Take an engine that computes W4A4 (vllm-ascend on an Ascend 950; vllm "
-                "falls back to 16-bit inputs on most GPUs), or rollout.engine: hf"
             )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from npu_qat import numerics
 from npu_qat.backends import BackendUnavailable, PackedWeight, ascendc
 from npu_qat.backends.ascendc.rules import KernelRule, kernel_profiles, kernel_rule
+from npu_qat.config import Recipe
+from npu_qat.layers import prepare_model
 from tests.kernels_ascendc import host_model
 from tests.kernels_ascendc.inputs import ordinary, same
+from tests.training.tiny import tiny_model
 
 
 class HostOps:
@@ -32,6 +37,11 @@ class HostOps:
     def mxfp4_dequant(self, codes, scales, length, dtype):
         self.calls.append("mxfp4_dequant")
         return self.kernels.dequant(codes, scales, length, dtype)
+
+    def rms_norm_mxfp4_fake_quant(self, x, gamma, epsilon, rule):
+        self.calls.append("rms_norm_mxfp4_fake_quant")
+        rows = x.detach().contiguous()
+        return self.kernels.rms_norm_fake_quant(rows, gamma.detach(), epsilon, _profile(rule))
 
 
 def _profile(rule: list[int]) -> str:
@@ -90,6 +100,46 @@ def test_linear_is_the_product_with_the_decoded_weight(backend):
     y = backend.linear(x, PackedWeight.of(weight), bias)
     values = numerics.dequantize(weight, torch.bfloat16)
     assert same(y, torch.nn.functional.linear(x, values, bias))
+
+
+def test_a_prepared_model_norms_and_quantises_by_one_kernel(backend, ops):
+    model = tiny_model().to(torch.bfloat16)
+    ids = torch.arange(24).reshape(2, 12) % model.config.vocab_size
+    reference = prepare_model(copy.deepcopy(model), Recipe()).model
+    fused = prepare_model(model, Recipe(), backend).model
+    plain, ours = reference(ids).logits, fused(ids).logits
+    layers = model.config.num_hidden_layers
+    assert ops.calls.count("rms_norm_mxfp4_fake_quant") == 2 * layers
+    # Inputs of o and down; those of q, k, v, gate and up came with the norm.
+    assert ops.calls.count("mxfp4_fake_quant") == 2 * layers
+    assert (ours - plain).abs().max() <= 0.05 * plain.abs().max()
+
+
+def test_the_gradient_of_the_norm_is_that_of_the_module(backend):
+    norm = Qwen2RMSNorm(96, eps=1e-6)
+    norm.weight.data = 1 + 0.3 * torch.randn(96, generator=torch.Generator().manual_seed(1))
+    x = ordinary((7, 96), torch.float32).requires_grad_()
+    grad_y, grad_q = torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(2))
+    (expected,) = torch.autograd.grad(norm(x), x, grad_y + grad_q)
+    found = backend.rms_norm_backward(grad_y, grad_q, x.detach(), norm.weight, 1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "profile", "row"),
+    [
+        ((2, 8224), torch.bfloat16, "ascend950", True),
+        ((2, 64), torch.float32, "ascend950", True),
+        ((2, 64), torch.bfloat16, "nvfp4", True),
+        ((2, 64), torch.bfloat16, None, True),
+        ((2, 64), torch.bfloat16, "ascend950", False),
+    ],
+)
+def test_what_the_norm_kernel_does_not_take_stays_with_the_module(
+    backend, shape, dtype, profile, row
+):
+    assert not backend.fuses(torch.ones(shape, dtype=dtype), profile, row=row)
+    assert backend.fuses(torch.ones(2, 64, dtype=torch.bfloat16), "ascend950", row=True)
 
 
 class Chip:

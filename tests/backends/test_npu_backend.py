@@ -13,6 +13,7 @@ from npu_qat.backends.npu import ops as contract
 from npu_qat.backends.npu.backend import trial_rows
 from npu_qat.backends.npu.profiles import computed_profiles, mx_call
 from npu_qat.numerics import PROFILES, dequantize, fake_quant, get_profile, quantize
+from npu_qat.parity.device import measure
 from tests.backends.fake_npu import FakeNpu, fake_backend, fake_ops
 
 SINGLE = [name for name in computed_profiles() if not get_profile(name).level0_block]
@@ -137,7 +138,31 @@ def test_a_profile_is_tried_once() -> None:
     backend = fake_backend(api)
     for _ in range(3):
         backend.check_profile("ascend950")
-    assert api.calls == {"npu_dynamic_mx_quant": 1}
+    assert api.calls == {"npu_dynamic_mx_quant": 1, "npu_anti_mx_quant": 1}
+
+
+def test_a_device_that_decodes_its_codes_wrongly_is_found_out() -> None:
+    class HighNibbleFirst(FakeNpu):
+        def npu_anti_mx_quant(self, x: torch.Tensor, *rest: Any, **keywords: Any) -> torch.Tensor:
+            return super().npu_anti_mx_quant((x << 4) | (x >> 4), *rest, **keywords)
+
+    with pytest.raises(BackendUnavailable, match="decoded values of a trial differ"):
+        fake_backend(HighNibbleFirst()).check_profile("ascend950")
+
+
+def test_scales_in_another_layout_are_the_device_s_fault_and_no_refusal() -> None:
+    """Some builds returned [rows, blocks]; the kit must not count that as "not computed"."""
+
+    class FlatScales(FakeNpu):
+        def npu_dynamic_mx_quant(self, input: torch.Tensor, **keywords: Any) -> Any:
+            codes, scales = super().npu_dynamic_mx_quant(input, **keywords)
+            return codes, scales.flatten(-2)
+
+    backend = fake_backend(FlatScales())
+    with pytest.raises(RuntimeError, match=r"npu_dynamic_mx_quant .* another layout .*\(7, 1, 2\)"):
+        backend.check_profile("ascend950")
+    with pytest.raises(RuntimeError, match="another layout"):
+        measure(backend.without_trials(), torch.device("cpu"), wanted=lambda name: name == "ties")
 
 
 def test_a_lost_sign_of_zero_is_not_held_against_the_device() -> None:

@@ -33,6 +33,7 @@ E8M0 = 293  # torch_npu.float8_e8m0fnu
 BLOCK = 32
 NAN_SCALE = 0xFF
 ACL_FORMAT_FRACTAL_NZ = 29
+LONGEST = 65535  # last dimension of x1, and of x2 as it is stored, in elements
 
 # c10::ScalarType numbers, which is what the operators' integer dtypes below 256 are.
 SCALAR_TYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
@@ -279,8 +280,7 @@ def npu_quant_matmul(
     require(all(t.dtype == torch.uint8 for t in tensors), "codes and scales are plain uint8")
     require(x1.dim() == 2 and x2.dim() == 2, "x1Scale should be 3 but was 4: flatten x to 2-D")
     require(x1.is_contiguous(), "x1 must be contiguous")
-    require(max(x1.shape[-1], x2.shape[-1]) <= 65535, "the last dim must be at most 65535")
-    require(x1.shape[1] > 1, "K must be greater than 2")
+    require(2 < 2 * x1.shape[1] <= LONGEST, f"K must be greater than 2 and at most {LONGEST}")
     left = decode(unpack_last(x1), pertoken_scale, -1)
     right = matmul_weight(x2, scale, x1.shape[1])
     return finish(multiply(left, right), bias, output_dtype)
@@ -303,6 +303,8 @@ def matmul_weight(x2: Tensor, scale: Tensor, packed_k: int) -> Tensor:
         return decode(unpack_last(x2.t()), scale.transpose(0, 1), -1).t()
     require(x2.is_contiguous(), "x2 is neither contiguous nor the transposed view of a weight")
     require(x2.shape[0] == 2 * packed_k, same_k)
+    # Of a transposed weight the last dimension is K: aclnnQuantMatmulV5 counts before the view.
+    require(2 * x2.shape[1] <= LONGEST, f"N of an untransposed weight must be at most {LONGEST}")
     require(scale.is_contiguous(), "scale must lie as x2 does")
     return decode(unpack_last(x2), scale, 0)
 

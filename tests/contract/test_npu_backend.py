@@ -26,6 +26,7 @@ from tests.contract import op_kernels
 from tests.contract.record import FOLDER, name_of, record
 from tests.contract.test_op_kernels import CASES, GOLDEN, ROOT, SHARED, golden
 from tests.experiments.running import carry_out, configuration, metrics
+from tests.layers.test_quant_linear import Block
 from tests.training.tiny import save_tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.contract
@@ -106,6 +107,32 @@ def test_a_fused_layer_multiplies_the_same_values(npu_backend: NpuBackend, profi
         for y in (a, b):
             error = (y.double() - exact).abs()
             assert (error <= 2.0**-8 * exact.abs() + 1e-5 * exact.abs().max()).all(), path
+
+
+@pytest.mark.parametrize(
+    ("profile", "width", "output_error", "gradient_error"),
+    [("ascend950", 96, 0.0, 0.0), ("ascend950-dual", 1024, 1e-4, 5e-3)],
+)
+def test_both_ways_to_multiply_agree_as_the_page_says(
+    npu_backend: NpuBackend,
+    profile: str,
+    width: int,
+    output_error: float,
+    gradient_error: float,
+) -> None:
+    """docs/ascend.md, "Two ways to multiply"; 96 products of codes have an exact fp32 sum."""
+    found = {}
+    for matmul in ("fused", "emulated"):
+        torch.manual_seed(0)
+        block = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Block(width)])}).bfloat16()
+        named = {"weight_profile": profile, "activation_profile": profile, "matmul": matmul}
+        assert prepare_model(block, recipe(**named), npu_backend).matmul.name == matmul
+        x = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+        y = block["layers"][0](x.requires_grad_())
+        y.float().sum().backward()
+        found[matmul] = (y.detach().float(), x.grad.float())
+    for a, b, room in zip(*found.values(), (output_error, gradient_error), strict=True):
+        assert (a - b).norm() <= room * b.norm()
 
 
 def quantized_product(x: Tensor, layer: Any, profile: str) -> Tensor:

@@ -221,6 +221,17 @@ def test_a_weight_that_is_blocked_along_its_first_dimension_goes_in_as_it_is() -
     assert torch.allclose(y.double(), exact(x, w), rtol=1e-6, atol=1e-6)
 
 
+def test_the_longest_dimension_is_that_of_the_stored_matrix() -> None:
+    """aclnnQuantMatmulV5: of a transposed x2 it is K, so a vocabulary of 151,936 rows fits."""
+    x, w = operands(1, 65538, 64)
+    assert product(x, w).shape == (1, 65538)
+    wq, ws = op_kernels.npu_dynamic_mx_quant(w.t().contiguous(), axis=-2, round_mode="round")
+    with pytest.raises(RuntimeError, match="N of an untransposed weight"):
+        product(x, w, x2=wq, scale=ws)
+    with pytest.raises(RuntimeError, match="K must be"):
+        product(*operands(1, 2, 65538))
+
+
 REFUSED = {
     "a contiguous transpose": ("x2", lambda x2: x2.contiguous(), "k dim of x1 and x2"),
     "a contiguous scale": ("scale", lambda s: s.contiguous(), "scale must be one too"),

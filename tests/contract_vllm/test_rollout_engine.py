@@ -119,8 +119,9 @@ def test_the_engine_samples_from_the_policy_of_each_step(
     assert engine.llm_engine.list_loras() == {2}  # of the last step; the first one is gone
 
 
+@pytest.mark.parametrize("limit", [0.05, 100.0], ids=["default limit", "no limit"])
 def test_an_engine_that_drops_the_activations_is_stopped_with_numbers(
-    tmp_path: Path, engines: list[Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: list[Any], monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
     """W4A16 behind a W4A4 label, as engines on GPUs without native 4-bit compute serve it."""
     from vllm_ascend.quantization.methods import w4a4_mxfp4
@@ -133,7 +134,7 @@ def test_an_engine_that_drops_the_activations_is_stopped_with_numbers(
 
     monkeypatch.setattr(w4a4_mxfp4.AscendW4A4MXFP4DynamicLinearMethod, "apply", apply)
     with pytest.raises(TrainingError, match=r"drops the quantisation of activations: over \d+"):
-        carry_out(demo(dapo={"logp_gap_limit": 100.0}), tmp_path / "run")
+        carry_out(demo(dapo={"logp_gap_limit": limit}), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
 
 

@@ -15,6 +15,14 @@ from npu_qat.numerics import QuantizedTensor, dequantize, e2m1
 from tests.deploy.models import NVFP4, W4A16, export_tiny
 
 pytestmark = pytest.mark.contract
+# Widths that are multiples of the block and of nothing larger, an odd vocabulary.
+ODD = {
+    "hidden_size": 160,
+    "intermediate_size": 224,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "vocab_size": 131,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +49,16 @@ def values_of_reader(q: QuantizedTensor) -> torch.Tensor:
     return e2m1.values_from_codes(q.codes) * scales.repeat_interleave(16, -1)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"family": "qwen2"}, {"family": "qwen3"}, {"family": "llama"}, ODD],
+    ids=["qwen2", "qwen3", "llama", "odd"],
+)
 @pytest.mark.parametrize("recipe", [Recipe(), W4A16, NVFP4], ids=["w4a4", "w4a16", "nvfp4"])
 def test_the_library_decodes_our_weights_bit_for_bit(
-    tmp_path: Path, family: str, recipe: Recipe
+    tmp_path: Path, shape: dict[str, Any], recipe: Recipe
 ) -> None:
-    exported = export_tiny(tmp_path, "compressed-tensors", recipe, family=family)
+    exported = export_tiny(tmp_path, "compressed-tensors", recipe, **shape)
     model = load(exported.folder)
     state = model.state_dict()
     compared = 0

@@ -320,6 +320,62 @@ def test_quantisation_arguments_that_do_not_fit_the_format_are_found(
     assert finding.tensor == "config.json" and f"weights.{key} is {value!r}" in finding.problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("quant_method", "gptq", "quant_method is 'gptq'"),
+        ("config_groups", {}, "has 0 config_groups"),
+    ],
+)
+def test_a_configuration_that_another_reader_would_take_is_found(
+    good: Callable[[str], Path], key: str, value: object, problem: str
+) -> None:
+    folder = good("mxfp4")
+    damage_json(folder, "config.json", lambda c: c["quantization_config"].update({key: value}))
+    assert any(f.tensor == "config.json" and problem in f.problem for f in validate(folder))
+
+
+def test_a_group_of_another_format_is_found(good: Callable[[str], Path]) -> None:
+    folder = good("mxfp4")
+
+    def edit(config: dict[str, Any]) -> None:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["format"] = "nvfp4-pack-quantized"
+
+    damage_json(folder, "config.json", edit)
+    finding = only(folder)
+    assert finding.tensor == "config.json" and "the group's format is" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("ignore", ["lm_head", "re:.*o_proj"]), ("targets", ["re:.*mlp", "Conv1d"])]
+)
+def test_lists_that_leave_out_a_packed_linear_are_found(
+    good: Callable[[str], Path], key: str, value: list[str]
+) -> None:
+    folder = good("mxfp4")
+
+    def edit(config: dict[str, Any]) -> None:
+        settings = config["quantization_config"]
+        (settings if key == "ignore" else settings["config_groups"]["group_0"])[key] = value
+
+    damage_json(folder, "config.json", edit)
+    found = [f.tensor for f in validate(folder)]
+    assert f"{O_PROJ}.weight_packed" in found
+
+
+def test_a_regular_expression_may_name_what_is_in_16_bits(good: Callable[[str], Path]) -> None:
+    """As llm-compressor writes it."""
+    folder = good("mxfp4")
+
+    def edit(config: dict[str, Any]) -> None:
+        config["quantization_config"]["ignore"] = ["re:.*lm_head"]
+        config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["re:model.layers"]
+
+    damage_json(folder, "config.json", edit)
+    assert validate(folder) == []
+
+
 def test_an_unknown_compression_format_is_found(good: Callable[[str], Path]) -> None:
     folder = good("mxfp4")
     damage_json(

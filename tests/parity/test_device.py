@@ -325,6 +325,18 @@ def test_large_tensors_that_are_equal_are_kept_as_digests(tmp_path: Path) -> Non
     assert not verdict.equal and "packed" in verdict.detail
 
 
+def test_digests_of_a_large_dual_level_tensor_cover_its_level_0_scales() -> None:
+    recording = measure(
+        Device(), CPU, profiles=["ascend950-dual"], wanted="weight-1536x1536".__eq__
+    )
+    (entry,) = recording.entries
+    entry = replace(entry, tensors={})  # as if too large to be kept
+    assert passed(judge(replace(recording, entries=[entry])))
+    wrong = replace(entry, digests={**entry.digests, "level0_scales": "0"})
+    (verdict,) = judge(replace(recording, entries=[wrong]))
+    assert not verdict.equal and "level0_scales" in verdict.detail
+
+
 def test_whatever_differs_is_kept_whole(tmp_path: Path) -> None:
     recording = measure(
         Device(damaged), CPU, profiles=["ascend950"], wanted="weight-1536x1536".__eq__

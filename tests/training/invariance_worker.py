@@ -40,6 +40,7 @@ def run_case(stage: int, micro: int, dtype: torch.dtype) -> dict[str, Any]:
         config=config,
         engine=engine,
         pad_id=0,
+        teacher=None,
         check_loss=lambda *a: None,
         optimizer_step=lambda step: engine.step(),
     )

@@ -1,6 +1,7 @@
 """Two ranks, one of which computes NaN: both must end, and say where it came from.
 
-Usage: torchrun ... nan_worker.py FOLDER STAGE ...; prints "RANK STAGE: message".
+Usage: torchrun ... nan_worker.py FOLDER STAGE ...; writes the messages to FOLDER/RANK-STAGE.txt,
+since lines that two processes print can run into each other.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def run_case(stage: int, rank: int, folder: Path) -> str:
 def main() -> None:
     launch_environment(torch.device("cpu"))
     rank, _ = world()
+    folder = Path(sys.argv[1])
     for stage in sys.argv[2:]:
-        print(f"{rank} {stage}: {run_case(int(stage), rank, Path(sys.argv[1]))}", flush=True)
+        message = run_case(int(stage), rank, folder)
+        (folder / f"{rank}-{stage}.txt").write_text(message)
     shut_down()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +13,14 @@ from torch import nn
 
 from npu_qat.config import DeepSpeedSection, Recipe, TrainConfig
 from npu_qat.layers import prepare_model
-from npu_qat.training import accelerators
+from npu_qat.training import accelerators, engine
 from npu_qat.training.accelerators import (
     check_accelerator,
     gather_bytes,
     resolve_stage,
     zero_settings,
 )
-from npu_qat.training.engine import Engine, _config
+from npu_qat.training.engine import Engine, _config, launch_environment
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,29 @@ def test_what_crashes_on_an_npu_is_refused_there_only(key: str) -> None:
     with pytest.raises(ValueError, match=rf"zero_optimization\.{key} cannot be used on an NPU"):
         _config(TrainConfig(), section, 2, "npu")
     _config(TrainConfig(), section, 2, "cuda")
+
+
+def test_deepspeed_is_told_of_the_npu_before_it_is_imported_and_takes_hccl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    npu: Any = SimpleNamespace(type="npu")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # Python's mark: its import fails
+    with pytest.raises(ImportError):
+        launch_environment(npu)
+    assert os.environ["DS_ACCELERATOR"] == "npu"
+
+    placed: list[int] = []
+    joined: list[str] = []
+    library = SimpleNamespace(init_distributed=lambda backend, **_: joined.append(backend))
+    monkeypatch.setitem(sys.modules, "deepspeed", library)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops", SimpleNamespace())
+    monkeypatch.setattr(engine, "check_accelerator", lambda device: None)
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(set_device=placed.append), raising=False)
+    os.environ["LOCAL_RANK"] = "3"
+    launch_environment(npu)
+    assert joined == ["hccl"] and placed == [3]
 
 
 def test_an_accelerator_chosen_before_the_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +152,13 @@ def test_stage_3_trains_a_packed_base_without_uint8_collectives(
         with monkeypatch.context() as patch:
             if refused:
                 refuse_uint8(patch)
-            engine = Engine(Adapted(), TrainConfig(lr=0.1), DeepSpeedSection(zero_stage=3))
-            dtypes = {p.dtype for n, p in engine.model.named_parameters() if "weight" in n}
+            trainer = Engine(Adapted(), TrainConfig(lr=0.1), DeepSpeedSection(zero_stage=3))
+            dtypes = {p.dtype for n, p in trainer.model.named_parameters() if "weight" in n}
             assert dtypes == {torch.int8 if refused else torch.uint8}
             x = torch.ones(2, 64, dtype=torch.bfloat16)
             for _ in range(2):
-                loss = engine.ds(x)
-                engine.backward(loss, last=True)
-                engine.step()
+                loss = trainer.ds(x)
+                trainer.backward(loss, last=True)
+                trainer.step()
             losses.append(float(loss))
     assert losses[0] == losses[1]

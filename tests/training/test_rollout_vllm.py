@@ -201,6 +201,9 @@ def test_the_gate_stops_with_numbers() -> None:
         Gate([0.1, 0.3], [0.5, 0.5]).check("vllm", 0.05)
     with pytest.raises(TrainingError, match=r"drops the quantisation.*0\.0200.*only 0\.0100"):
         Gate([0.02, 0.02], [0.01, 0.01]).check("vllm", 0.05)
+    # Beyond the limit too, the fault that has a name is called by it.
+    with pytest.raises(TrainingError, match=r"drops the quantisation.*0\.2300.*only 0\.0040"):
+        Gate([0.23], [0.004]).check("vllm", 0.05)
 
 
 @pytest.mark.parametrize(

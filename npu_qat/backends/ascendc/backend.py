@@ -13,13 +13,15 @@ from npu_qat.backends.emulation import EmulationBackend
 from npu_qat.numerics import QuantizedTensor, get_profile
 
 _VALUES = (torch.bfloat16, torch.float16, torch.float32)
+LONGEST_NORM = 8192  # values of a row, kLongestRow of the kernel
 
 
 class AscendcBackend(EmulationBackend):
     """Fake-quantisation, encoding and decoding by the kernels; the matmul in 16 bits.
 
     Args:
-        ops: has ``mxfp4_fake_quant``, ``mxfp4_pack`` and ``mxfp4_dequant``; ``torch.ops.npu_qat``.
+        ops: has ``mxfp4_fake_quant``, ``mxfp4_pack``, ``mxfp4_dequant`` and
+            ``rms_norm_mxfp4_fake_quant``; ``torch.ops.npu_qat``.
         library: where they come from, for the record.
     """
 
@@ -77,6 +79,53 @@ class AscendcBackend(EmulationBackend):
         assert isinstance(q, PackedWeight)
         values: torch.Tensor = self._ops.mxfp4_dequant(q.packed, q.scales, q.shape[1], dtype)
         return values
+
+    # --- RMSNorm with its quantisation (layers/fusion.py) ---------------------------------------
+
+    def fuses(self, x: torch.Tensor, profile: str | None, *, row: bool) -> bool:
+        """Whether ``rms_norm`` (``row``) takes ``x``; there is no kernel for SiLU * up."""
+        return (
+            row
+            and profile in kernel_profiles()
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and 0 < x.shape[-1] <= LONGEST_NORM
+        )
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        profile: str | None = None,
+        tensor_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, Q(y)) of y = RMSNorm(x) * weight, both in the shape [.., n] and dtype of ``x``."""
+        assert profile is not None and tensor_scale is None  # what ``fuses`` allows
+        rule = list(astuple(kernel_rule(profile)))
+        y, q = self._ops.rms_norm_mxfp4_fake_quant(x, weight, eps, rule)
+        return y, q
+
+    def rms_norm_backward(
+        self,
+        grad_y: torch.Tensor | None,
+        grad_q: torch.Tensor | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        slope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """dx from dy + dq, in plain PyTorch and fp32.
+
+        With r = 1 / sqrt(mean(x^2) + eps), n = x r and h = (dy + dq) weight:
+        dx = r (h - n mean(h n)).
+        """
+        assert slope is None  # only profiles with a tensor scale have one
+        h = sum(g.float() for g in (grad_y, grad_q) if g is not None) * weight.float()
+        wide = x.float()
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        n = wide * r
+        dx: torch.Tensor = r * (h - n * (h * n).mean(-1, keepdim=True))
+        return dx.to(x.dtype)
 
 
 def _last(axis: int, dimensions: int) -> bool:

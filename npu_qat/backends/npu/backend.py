@@ -6,8 +6,10 @@ which profiles they compute (``profiles.py``), and nothing about drivers.
 **Trust, after a look.** Whether an argument is honoured depends on the CANN underneath: with an
 older one torch_npu silently drops ``dst_type_max`` or computes another ``scale_alg``. So before a
 profile is used for the first time, the operator quantises a few rows whose right answer is known
-(ties, blocks on both sides of every threshold, zeros, the smallest scale) and the codes and scales
-are compared with ``numerics``. A difference is an error that names the profile, not a result.
+(ties, blocks on both sides of every threshold, zeros, a small scale) and decodes its codes; codes,
+scales and values are compared with ``numerics``. A difference is an error that names the profile,
+not a result. The matmul is not tried: the audit of a run compares its products with fp32 ones, and
+``npu-qat parity device`` its sums.
 """
 
 from __future__ import annotations
@@ -125,6 +127,9 @@ class NpuBackend(EmulationBackend):
             assert found.level0_scales is not None
             if not torch.equal(found.level0_scales.cpu(), level0):
                 return "level-0 scales of a trial differ"
+        values, exact = self.dequantize(found, x.dtype).cpu(), dequantize(wanted, x.dtype)
+        if different := int((values != exact).sum()):
+            return f"{different} of {exact.numel()} decoded values of a trial differ"
         return None
 
     # --- numbers ----------------------------------------------------------------------------
@@ -138,6 +143,9 @@ class NpuBackend(EmulationBackend):
         tensor_scale: Tensor | None = None,
         apply_tensor_scale: bool = True,
     ) -> Tensor:
+        last = x.dim() > 0 and axis % x.dim() == x.dim() - 1
+        if last and tensor_scale is None and not get_profile(profile).level0_block:
+            return self.decode_input(self.encode_input(x, profile))  # the codes stay packed
         return self.dequantize(self.quantize(x, profile, axis, tensor_scale=tensor_scale), x.dtype)
 
     def quantize(
@@ -158,7 +166,13 @@ class NpuBackend(EmulationBackend):
         _check_even(x)
         if not call.dual_level:
             codes, scales = self._mx_quant(x, axis, call)
-            return from_npu_layout(codes, scales, profile, axis)
+            try:
+                return from_npu_layout(codes, scales, profile, axis)
+            except ValueError as error:  # the device's fault: no refusal, and no user's mistake
+                raise RuntimeError(
+                    f"{contract.MX_QUANT} of torch_npu {self.ops.version} returned another layout "
+                    f"than its documents have: {error}"
+                ) from error
         codes, level0, scales = self.ops.dual_level_mx_quant(x, call.round_mode)
         length = x.shape[-1]
         return QuantizedTensor(

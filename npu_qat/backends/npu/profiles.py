@@ -74,8 +74,8 @@ def is_mx(profile: Profile) -> bool:
 def takes(call: MxCall, dtype: torch.dtype) -> bool:
     """Whether the operator computes the profile's numbers from ``dtype``.
 
-    bf16 always. fp16 with scale_alg 0: with 2 the kernel compares the maximum cut to bf16 with its
-    threshold, the profile the exact one. fp32 never: it needs a newer CANN than the oldest
+    bf16 always. fp16 with scale_alg 0: with 2 the kernel compares the maximum rounded to bf16 with
+    its threshold, the profile the exact one. fp32 never: it needs a newer CANN than the oldest
     supported.
     """
     return dtype == torch.bfloat16 or (dtype == torch.float16 and call.scale_alg == 0)
