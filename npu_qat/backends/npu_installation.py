@@ -55,6 +55,13 @@ CANN_FOR = {
     "2.9.0": "8.5",
 }
 LOWEST_CANN_WITH_MX = (9, 0)
+# Oldest driver (Ascend HDK) that a release of CANN runs on: the table "CANN and Ascend HDK Version
+# Compatibility" in the release notes of CANN 9.1.0 (read).
+LOWEST_DRIVER: dict[tuple[int, ...], tuple[int, int]] = {
+    (8, 5): (25, 0),
+    (9, 0): (25, 0),
+    (9, 1): (25, 2),
+}
 
 
 def prepare_process() -> None:
@@ -149,6 +156,14 @@ def cann_version(home: Path) -> str | None:
 def driver_version() -> str | None:
     """Version of the NPU driver; None where no driver is installed or mounted."""
     return _version_in(ASCEND / "driver/version.info")
+
+
+def driver_problem(driver: str, cann: str | None) -> str | None:
+    """Why ``driver`` is too old for ``cann``, or None. Unknown releases of CANN are not judged."""
+    lowest = LOWEST_DRIVER.get(_numbers(cann)[:2]) if cann else None
+    if lowest is None or not _numbers(driver) or _numbers(driver)[:2] >= lowest:
+        return None
+    return f"CANN {cann} needs driver {lowest[0]}.{lowest[1]} or newer, not {driver}"
 
 
 def hccl_library() -> Path | None:

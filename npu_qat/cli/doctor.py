@@ -194,14 +194,7 @@ def _ascend() -> Iterator[Check]:
         f"{len(nodes)} NPUs" if nodes else "none under /dev",
         "" if nodes else "pass the NPUs to the container: --device /dev/davinci0 ...",
     )
-    driver = ascend.driver_version()
-    yield Check(
-        "ascend",
-        "driver",
-        "ok" if driver else "warning",
-        driver or "no version.info of a driver",
-        "" if driver else f"install the driver, or mount {ascend.ASCEND}/driver into the container",
-    )
+    yield _driver(home)
     yield _cann(home)
     library = ascend.hccl_library()
     yield Check(
@@ -213,6 +206,20 @@ def _ascend() -> Iterator[Check]:
     )
     if _version("torch") is not None:
         yield from _torch_npu(home, torch_npu)
+
+
+def _driver(home: Path | None) -> Check:
+    from npu_qat.backends import npu_installation as ascend
+
+    driver = ascend.driver_version()
+    if driver is None:
+        advice = f"install the driver, or mount {ascend.ASCEND}/driver into the container"
+        return Check("ascend", "driver", "warning", "no version.info of a driver", advice)
+    problem = ascend.driver_problem(driver, None if home is None else ascend.cann_version(home))
+    if problem:
+        advice = "install a newer Ascend HDK, or an image with an older CANN"
+        return Check("ascend", "driver", "warning", problem, advice)
+    return Check("ascend", "driver", "ok", driver)
 
 
 def _cann(home: Path | None) -> Check:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from npu_qat.backends import npu_installation
 from npu_qat.cli import doctor, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +127,27 @@ def test_an_environment_that_was_not_sourced_is_told_what_to_source(
     assert found["CANN"].status == "warning"
     assert "source" in found["CANN"].advice and "set_env.sh" in found["CANN"].advice
     assert found["torch-npu"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("driver", "status"),
+    [("25.0.rc1", "warning"), ("24.1.0", "warning"), ("25.2.1", "ok"), ("26.0.rc1", "ok")],
+)
+def test_a_driver_that_is_too_old_for_the_toolkit_is_a_warning(
+    driver: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.cfg").write_text("Version=9.1.0\n")
+    monkeypatch.setattr(npu_installation, "driver_version", lambda: driver)
+    found = ascend_checks(monkeypatch, str(tmp_path), torch="2.10.0", torch_npu="2.10.0.post4")
+    assert found["driver"].status == status
+    if status == "warning":
+        assert "CANN 9.1.0 needs driver 25.2 or newer" in found["driver"].value
+
+
+def test_a_toolkit_of_an_unknown_release_says_nothing_of_the_driver() -> None:
+    assert npu_installation.driver_problem("24.1.0", "99.0.0") is None
+    assert npu_installation.driver_problem("24.1.0", None) is None
+    assert npu_installation.driver_problem("24.1.0", "9.0.0") is not None
 
 
 @pytest.mark.parametrize(("version", "status"), [("8.5.0", "warning"), ("9.1.0", "ok")])
