@@ -26,7 +26,7 @@ VALUES = ROWS * LENGTH
 
 
 class Tiling(ctypes.Structure):
-    """`Mxfp4Tiling` with the rule of profile ascend950."""
+    """`Mxfp4Tiling` of include/npu_qat/mxfp4.h, the rule's four numbers at its end."""
 
     _fields_ = (
         ("rows", ctypes.c_uint64),
@@ -59,7 +59,7 @@ KERNELS = {
 def measure(library: ctypes.CDLL) -> list[Cost]:
     """Run each kernel once on zeros in bf16 [64, 8192]; the counts do not depend on values."""
     library.vector_repeats.restype = library.bytes_copied.restype = ctypes.c_uint64
-    tiling = Tiling(ROWS, LENGTH, 0, 0x7F7F, 0, 8)
+    tiling = Tiling(ROWS, LENGTH, 0, 0x7F7F, 0, 8)  # the rule of profile ascend950
     costs = []
     for kernel, sizes in KERNELS.items():
         before = library.vector_repeats(), library.bytes_copied()

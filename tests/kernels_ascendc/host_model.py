@@ -6,29 +6,18 @@ import ctypes
 import functools
 import shutil
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels_ascendc.build import build_host
+from kernels_ascendc.roofline import Tiling
 from npu_qat.backends.ascendc.rules import kernel_rule
 
 KERNELS = Path(__file__).parents[2] / "kernels_ascendc"
 SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-class Rule(ctypes.Structure):
-    _fields_ = (
-        ("bump", ctypes.c_int32),
-        ("nan_above", ctypes.c_int32),
-        ("tiny_scale", ctypes.c_int32),
-        ("nudge", ctypes.c_uint32),
-    )
-
-
-class Tiling(ctypes.Structure):
-    _fields_ = (("rows", ctypes.c_uint64), ("length", ctypes.c_uint64), ("rule", Rule))
 
 
 def build(target: Path, folder: Path = KERNELS) -> Path:
@@ -95,11 +84,7 @@ class HostKernels:
         assert all(t.is_contiguous() for t in tensors)
         rule = kernel_rule(profile)
         length = shape_of.shape[-1]
-        tiling = Tiling(
-            shape_of.numel() // length,
-            length,
-            Rule(rule.bump, rule.nan_above, rule.tiny_scale, rule.nudge),
-        )
+        tiling = Tiling(shape_of.numel() // length, length, *astuple(rule))
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
         launch = getattr(self.library, f"launch_{name}")
         launch(ctypes.c_int64(self.cores), *pointers, ctypes.byref(tiling), *last)
