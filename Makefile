@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-distributed contract-vllm test-slow contract kernels lint format types wheel constraints clean clean-venv FORCE
+.PHONY: help setup demo test test-distributed contract-vllm containers test-slow contract kernels lint format types docs wheel constraints clean clean-venv FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -47,6 +47,9 @@ kernels: $(VENV)/.stamp ## the AscendC kernels on the host model, with their mut
 contract: ## the NPU code against the real torch-npu package, on a CPU
 	@$(PYTHON) tests/contract/environment.py python -m pytest -n $(TEST_JOBS) --dist loadfile -m contract tests/contract $(TEST_ARGS)
 
+containers: $(VENV)/.stamp ## the container images and services with a real engine (Debian, as root)
+	@scripts/containers/check.sh $(CURDIR)/$(VENV)/bin/python $(TEST_ARGS)
+
 lint: $(VENV)/.stamp ## ruff: rules and format
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
@@ -57,6 +60,10 @@ format: $(VENV)/.stamp ## let ruff rewrite the files
 
 types: $(VENV)/.stamp ## mypy
 	@$(RUN) mypy
+
+# Opens from the file system. The variable silences an advertisement of the theme's.
+docs: $(VENV)/.stamp ## the manual, into build/site, with warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 wheel: $(VENV)/.stamp ## source archive and wheel into dist/
 	@$(RUN) build --no-isolation --outdir dist .

@@ -10,7 +10,9 @@ it ``npu-qat --help`` and every configuration error) answers without loading tor
 ``profiles()``                the names of the profiles ("ascend950", ...)
 ``Recipe``                    which layers of a model are quantized, and how
 ``prepare_model(model, r)``   quantize a Hugging Face model by a recipe; gives back the audit handle
+``add_lora(model, s, seed)``   adapters on a prepared model (PEFT), in the numbers of serving
 ``AQN``                       adaptive quantization noise on the RMSNorm weights
+``QATCallback``               phases, noise and audit under transformers' and TRL's trainers
 ============================  ====================================================================
 """
 
@@ -23,15 +25,18 @@ from npu_qat.__about__ import __version__
 
 if TYPE_CHECKING:
     from npu_qat.config import Recipe
-    from npu_qat.layers import prepare_model
+    from npu_qat.integrations import QATCallback
+    from npu_qat.layers import add_lora, prepare_model
     from npu_qat.noise import AQN
     from npu_qat.numerics import dequantize, fake_quant, quantize
     from npu_qat.numerics.profiles import profile_names as profiles
 
 __all__ = [
     "AQN",
+    "QATCallback",
     "Recipe",
     "__version__",
+    "add_lora",
     "dequantize",
     "fake_quant",
     "prepare_model",
@@ -42,7 +47,9 @@ __all__ = [
 # Public name -> the module that defines it, and its name there.
 _HOME = {
     "AQN": ("npu_qat.noise", "AQN"),
+    "QATCallback": ("npu_qat.integrations", "QATCallback"),
     "Recipe": ("npu_qat.config", "Recipe"),
+    "add_lora": ("npu_qat.layers", "add_lora"),
     "dequantize": ("npu_qat.numerics", "dequantize"),
     "fake_quant": ("npu_qat.numerics", "fake_quant"),
     "prepare_model": ("npu_qat.layers", "prepare_model"),

@@ -116,7 +116,9 @@ def torch_arguments(version: str, variant: str, system: str) -> list[str]:
 def project_arguments(extras: str, constraints: Path, wheel: Path | None) -> list[str]:
     """Arguments of ``pip`` or ``uv pip`` that install this checkout, editable, or a built wheel."""
     arguments = ["install", "--constraint", str(constraints)]
-    return [*arguments, str(wheel)] if wheel else [*arguments, "--editable", f"{ROOT}[{extras}]"]
+    if wheel:
+        return [*arguments, str(wheel)]
+    return [*arguments, "--editable", f"{ROOT}[{extras}]" if extras else str(ROOT)]
 
 
 def pinned_version(constraints: str, package: str) -> str:
@@ -326,7 +328,7 @@ def bootstrap(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     installer = Installer(options.venv.absolute())
     made_with, _, complete_for = installer.read_stamp().partition(" ")
     variant = choose_variant(environ, made_with or None, command_works)
-    extras = options.extras or EXTRAS[variant]
+    extras = EXTRAS[variant] if options.extras is None else options.extras
     constraints = Path(options.constraints or ROOT / CONSTRAINTS[variant]).read_text("utf-8")
     version = options.torch or pinned_version(constraints, "torch")
     mark = fingerprint(variant, extras, version, constraints, str(options.wheel))
@@ -354,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="TORCH_VARIANT=cpu|cuda|npu overrides the torch build chosen for this machine.",
     )
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
-    parser.add_argument("--extras", help="extras to install (default: dev, and the variant's)")
+    parser.add_argument("--extras", help="extras, '' for none (default: dev, and the variant's)")
     parser.add_argument("--constraints", help="constraints file (default: the variant's)")
     parser.add_argument("--torch", help="torch version (default: the constraints file's)")
     parser.add_argument("--wheel", type=Path, help="install this wheel instead of the checkout")

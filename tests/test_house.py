@@ -28,9 +28,12 @@ ORDER = [
     "evaluation",
     "reporting",
     "deploy",
+    "integrations",
     "parity",
     "experiments",
     "bench",
+    "planning",
+    "cluster",
     "cli",
 ]
 # Files outside the rooms: the front door leads anywhere (lazily), the version nowhere.

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         BackendUnavailable,
         EncodedInput,
         FusedBackend,
+        FusedOnRequest,
         PackedWeight,
     )
     from npu_qat.backends.emulation import EmulationBackend
@@ -19,6 +20,7 @@ _HOME = {
     "BackendUnavailable": "base",
     "EncodedInput": "base",
     "FusedBackend": "base",
+    "FusedOnRequest": "base",
     "PackedWeight": "base",
     "EmulationBackend": "emulation",
     "Selection": "selection",
@@ -31,6 +33,7 @@ __all__ = [
     "EmulationBackend",
     "EncodedInput",
     "FusedBackend",
+    "FusedOnRequest",
     "PackedWeight",
     "Selection",
     "probe_devices",

@@ -208,3 +208,13 @@ class FusedBackend(Backend, Protocol):
         """``x W^T + b`` [.., N] by the device's 4-bit matmul, in ``out_dtype`` (default: of the
         tensor that was encoded), without a gradient."""
         ...
+
+
+@runtime_checkable
+class FusedOnRequest(Backend, Protocol):
+    """A backend whose device multiplies codes, but adds the products up with fewer bits than fp32
+    and unlike any serving stack: ``matmul: fused`` takes it, ``auto`` does not."""
+
+    def fused(self) -> FusedBackend:
+        """The same backend with the matmul of codes."""
+        ...

@@ -27,6 +27,7 @@ import importlib.util
 import os
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,38 @@ def prepare_process() -> None:
         hide_torch_npu()
     if not device_nodes():
         hide_torch_npu()
+
+
+def require_npu() -> None:
+    """Raise ``ValueError`` with all that an NPU needs and is not here. Takes milliseconds.
+
+    For a command that was told to use an NPU, before it spends half a minute on imports. What only
+    the device can tell (its chip, a driver that fails) is left to ``backends.select``.
+    """
+    if sys.modules.get("torch_npu") is not None:
+        return  # somebody got it to work
+    missing = []
+    if not device_nodes():
+        missing.append(
+            f"a device file {DEVICES}/davinci0, davinci1, ...: load the driver on this machine, or "
+            "give the devices to the container (docs/containers.md)"
+        )
+    try:
+        metadata.version("torch-npu")
+    except metadata.PackageNotFoundError:
+        missing.append("torch-npu: pip install 'npu-qat[npu]', or use an NPU image")
+    try:
+        ctypes.CDLL("libhccl.so")
+    except OSError as error:
+        missing.append(f"CANN in this shell: source {set_env_script()} ({error})")
+    if missing and driver_version() is None:
+        missing.append(f"the driver: {ASCEND}/driver, in a container mounted from the host")
+    if missing:
+        lines = "".join(f"\n  - {what}" for what in missing)
+        raise ValueError(
+            f"an NPU is asked for (run.device: npu) and cannot be used. Missing:{lines}\n"
+            "'npu-qat doctor' shows what is there; '--device cpu' emulates the NPU's numbers"
+        )
 
 
 def device_nodes() -> list[Path]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from npu_qat.bench.models import STORAGES, recipe
+from npu_qat.bench.models import FP8, STORAGES, recipe, storages
 from npu_qat.bench.rows import Row, Setup
 from npu_qat.bench.timing import Times
+from npu_qat.numerics import get_profile
 
 if TYPE_CHECKING:
     from npu_qat.layers import QuantLinear
@@ -76,8 +77,10 @@ def _of_layer(setup: Setup, layer: str, tokens: int, features: int, out: int) ->
     frozen = nn.Linear(features, out, bias=layer == "q", dtype=torch.bfloat16, device=device)
     frozen.requires_grad_(False)
     layers: dict[str, nn.Module] = {"bf16": frozen}
-    for storage in STORAGES:
+    for storage in storages(setup.selection):
         for profile in _profiles(setup):
+            if storage in FP8 and get_profile(profile).block_size != 32:
+                continue  # E4M3 scales do not fit into FP8
             layers[f"{storage}-{profile}"] = quantized_linear(setup, frozen, storage, profile)
     x = torch.randn(tokens, features, device=device).bfloat16().requires_grad_()
     gradient = torch.randn(tokens, out, device=device).bfloat16()

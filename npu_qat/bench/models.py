@@ -16,6 +16,8 @@ QWEN = "qwen2.5-1.5b"
 DEMO = "demo"
 LORA_RANK = 32
 STORAGES = ("image", "packed")
+# The same with ``matmul: fused`` where a backend offers that without taking it by itself.
+FP8 = ("image-fp8", "packed-fp8")
 FUSED = "bf16-fused"
 _ARCHITECTURES = Path(__file__).parents[1] / "assets"
 _FILES = {
@@ -61,6 +63,15 @@ def quantized_lora(model: nn.Module, recipe: Recipe, selection: Selection) -> tu
     return add_lora(model, LoraSection(r=LORA_RANK, alpha=LORA_RANK), seed=0), handle
 
 
+def fused_lora(model: nn.Module, selection: Selection) -> Any:
+    """A 16-bit ``model`` with everything of this project's that is not about 4 bits: fused norms
+    and activations, and its adapters."""
+    from npu_qat.layers import add_lora
+
+    model.requires_grad_(False)
+    return add_lora(fused(model, selection), LoraSection(r=LORA_RANK, alpha=LORA_RANK), seed=0)
+
+
 def fuses(selection: Selection) -> bool:
     """Whether the backend has fused norms and activations, which help 16 bits as well."""
     from npu_qat.layers.fusion import ProducerBackend
@@ -68,9 +79,16 @@ def fuses(selection: Selection) -> bool:
     return isinstance(selection.backend, ProducerBackend)
 
 
+def storages(selection: Selection) -> tuple[str, ...]:
+    """Quantised arms: how the weight is stored, and who multiplies."""
+    from npu_qat.backends import FusedOnRequest
+
+    return (*STORAGES, *FP8) if isinstance(selection.backend, FusedOnRequest) else STORAGES
+
+
 def arms(selection: Selection) -> tuple[str, ...]:
     """What stands beside the 16-bit baseline."""
-    return (*STORAGES, FUSED) if fuses(selection) else STORAGES
+    return (*storages(selection), *((FUSED,) if fuses(selection) else ()))
 
 
 def arm_name(arm: str) -> str:
@@ -87,6 +105,10 @@ def fused(model: nn.Module, selection: Selection) -> nn.Module:
     return model
 
 
-def recipe(storage: str, profile: str = "ascend950") -> Recipe:
-    """W4A4 in ``profile`` with the base in ``image`` or ``packed`` storage."""
-    return Recipe(base_storage=storage, weight_profile=profile, activation_profile=profile)
+def recipe(arm: str, profile: str = "ascend950") -> Recipe:
+    """W4A4 in ``profile`` with the base in ``image`` or ``packed`` storage; ``-fp8``: fused."""
+    storage, _, fp8 = arm.partition("-")
+    matmul = "fused" if fp8 else "auto"
+    return Recipe(
+        base_storage=storage, weight_profile=profile, activation_profile=profile, matmul=matmul
+    )

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from npu_qat.bench.bars import verdict
+
 RESULTS = Path("results") / "performance"
 _TABLE = re.compile(r"(<!-- rows (\S+) ([\w ,-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -34,14 +36,16 @@ def _rendered(result: dict[str, Any], benchmarks: list[str]) -> str:
     chosen = [row for row in result["rows"] if row["name"].split("/")[0] in benchmarks]
     if not chosen:
         raise ValueError(f"no rows of {', '.join(benchmarks)} in the result file")
-    lines = [_machine(result["environment"]), "", "| row | measured | baseline | ratio |"]
-    lines.append("|---|---|---|---|")
+    lines = [_machine(result["environment"]), "", "| row | measured | baseline | ratio | bar |"]
+    lines.append("|---|---|---|---|---|")
     for row in chosen:
         unit = "bytes" if "bytes" in row else "ms"
         shown = [_number(row[unit], unit), _number(row[f"baseline_{unit}"], unit)]
         if "tokens_per_second" in row:
             shown[0] += f" ({row['tokens_per_second']:.0f} tokens/s)"
-        lines.append(f"| `{row['name']}` | {shown[0]} | {shown[1]} | {row['ratio']:.2f} |")
+        bar = verdict(row["name"], row["ratio"])
+        cells = (f"`{row['name']}`", *shown, f"{row['ratio']:.2f}", bar)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

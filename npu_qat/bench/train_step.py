@@ -2,8 +2,8 @@
 
 Forward, next-token loss over the vocabulary, backward, AdamW on the adapters. Both have rank 32 on
 every linear. The baseline is PEFT's own layer in pure bf16; ours keeps fp32 master weights of the
-adapters. Where the backend has fused norms and activations, which are not about 4 bits, PEFT with
-them is a row of its own (``bf16-fused``).
+adapters. What of this project is not about 4 bits (fused norms and activations where the backend
+has them, adapters that are added by the matmul) is a 16-bit row of its own, ``bf16-fused``.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _trainee(
     device = setup.selection.device
     base = models.random_model(config, device)
     if arm == models.FUSED:
-        base = models.fused(base, setup.selection)
-    if arm in ("bf16", models.FUSED):
+        model = models.fused_lora(base, setup.selection)
+    elif arm == "bf16":
         model = models.sixteen_bit_lora(base)
     else:
         model, _ = models.quantized_lora(base, models.recipe(arm), setup.selection)

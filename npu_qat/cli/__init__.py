@@ -5,8 +5,9 @@ Parsers are built without importing torch, pydantic or rich, so that ``--help`` 
 ``run`` imports what it needs.
 
 Exit codes: 0 done; 1 ``doctor`` found something missing, ``validate`` something wrong, ``parity``
-or ``serve-check`` a difference; 2 a mistake or a failure, explained in one ``error:`` line; 130
-stopped by Ctrl-C. The environment variable ``NPU_QAT_DEBUG=1`` shows the traceback instead.
+or ``serve-check`` a difference, ``healthcheck`` no life; 2 a mistake or a failure, explained in one
+``error:`` line; 75 another process of the run is gone, ``--resume auto`` goes on; 130 stopped by
+Ctrl-C. The environment variable ``NPU_QAT_DEBUG=1`` shows the traceback instead.
 
 Under ``torchrun -m npu_qat ...`` and ``deepspeed --module npu_qat ...`` every process runs this
 same code and only rank 0 prints.
@@ -29,13 +30,15 @@ from npu_qat.cli import (
     evaluate,
     experiment,
     export,
+    healthcheck,
     parity,
+    plan,
     scan,
     serve_check,
     train,
     validate,
 )
-from npu_qat.cli.terminal import INTERRUPTED, report_error, report_line
+from npu_qat.cli.terminal import INTERRUPTED, end_failed_rank, report_error, report_line
 
 COMMANDS = (
     train,
@@ -47,8 +50,10 @@ COMMANDS = (
     parity,
     serve_check,
     bench,
+    plan,
     config,
     doctor,
+    healthcheck,
 )
 
 
@@ -72,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return report_error(error)
+        return end_failed_rank(report_error(error))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     console.print(f"device: {setup.selection.reason}", markup=False)
     names = list(NAMES) if "all" in args.what else list(dict.fromkeys(args.what))
-    console.print(f"{'':58}{'median':>12}{'baseline':>12}{'ratio':>9}")
+    console.print(f"{'':58}{'median':>12}{'baseline':>12}{'ratio':>9}  bar")
     described = environment(setup, _command(args))
     rows: list[Row] = []
 
@@ -85,9 +85,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(row: Row) -> str:
     shown = [f"{x / 2**20:.2f} MiB" if row.unit == "bytes" else f"{x:.4g} ms" for x in _pair(row)]
-    extra = ""
+    from npu_qat.bench.bars import verdict
+
+    extra = f"  {verdict(row.name, row.ratio)}".rstrip()
     if "tokens_per_second" in row.details:
-        extra = f"  {row.details['tokens_per_second']:.0f} tokens/s"
+        extra += f"  {row.details['tokens_per_second']:.0f} tokens/s"
     return f"{row.name:58}{shown[0]:>12}{shown[1]:>12}{row.ratio:>9.3f}{extra}"
 
 

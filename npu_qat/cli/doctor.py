@@ -15,18 +15,22 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from npu_qat.__about__ import __version__
-from npu_qat.cli.arguments import examples
-from npu_qat.cli.terminal import make_console
+from npu_qat.cli.arguments import DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.terminal import make_console, rank
+from npu_qat.cluster.check import Check, Status
 
 EXAMPLES = examples(
     "npu-qat doctor",
     "npu-qat doctor --json",
+    "npu-qat doctor --rendezvous 10.0.0.1:29500 --wait 60   # does this machine reach it?",
+    "scripts/launch_multinode.sh ... -- doctor --cluster my-run.yaml --output /shared/runs/mine",
+    "torchrun --nproc_per_node 2 -m npu_qat doctor --cluster my-run.yaml",
 )
 
 # What training needs, with the lowest version (the same as in pyproject.toml; a test compares).
@@ -56,19 +60,6 @@ LOWEST_PYTHON = (3, 10)
 # Checkpoints, metrics and a report of the embedded demo stay below this.
 LITTLE_DISK = 2 * 2**30
 
-Status = Literal["ok", "absent", "warning", "missing"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report. ``missing`` means that training cannot work without it."""
-
-    area: str
-    name: str
-    status: Status
-    value: str
-    advice: str = ""
-
 
 def add_parser(commands: Any) -> None:
     """Add the command to the program's parser."""
@@ -76,28 +67,77 @@ def add_parser(commands: Any) -> None:
         "doctor",
         help="check this machine and installation",
         description="Print versions, devices, which device a run would take and why, and what is "
-        "missing. Exit code 0 if everything that training needs is there, else 1.",
+        "missing. Exit code 0 if everything that training needs is there, else 1. With --cluster, "
+        "under the launcher of a run, on every machine: whether the machines agree and reach each "
+        "other.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    cluster = parser.add_argument_group("several machines")
+    cluster.add_argument(
+        "--cluster",
+        action="store_true",
+        help="compare all processes of this launch: versions, code, configuration, model files, "
+        "clocks; test the collectives and their speed",
+    )
+    add_config_arguments(parser)
+    cluster.add_argument("--device", choices=DEVICES, help="as run.device")
+    cluster.add_argument("--output", metavar="DIR", help="is this run directory seen by all?")
+    cluster.add_argument(
+        "--rank-table",
+        metavar="FILE",
+        help="check HCCL's rank table (default: RANK_TABLE_FILE, if it is set)",
+    )
+    cluster.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="only test whether this machine reaches it"
+    )
+    cluster.add_argument(
+        "--wait", type=float, default=10.0, metavar="S", help="seconds to try (default 10)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out ``doctor`` and return its exit code."""
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print while they are imported
-        checks = examine()
+        checks = _asked_for(args)
     healthy = not any(check.status == "missing" for check in checks)
-    if args.json:
+    if args.json and rank() == 0:
         import json
 
         report = {"ok": healthy, "checks": [asdict(check) for check in checks]}
         print(json.dumps(report, indent=2))
-    else:
+    elif not args.json:
         _print(checks, healthy)
     return 0 if healthy else 1
+
+
+def _asked_for(args: argparse.Namespace) -> list[Check]:
+    if args.rendezvous is not None:
+        from npu_qat.cluster import rendezvous
+
+        return rendezvous.examine(*rendezvous.parse(args.rendezvous), args.wait)
+    named = {name: getattr(args, name) for name in ("config", "preset", "output", "rank_table")}
+    if not args.cluster:
+        if given := [name for name, value in named.items() if value] + args.overrides:
+            raise ValueError(f"{given[0]!r} belongs to doctor --cluster, which is not given")
+        return examine()
+    from npu_qat.cluster.examine import examine_cluster, rank_table_of_job
+
+    loaded = None
+    if args.config or args.preset:
+        loaded = load_from(args, config=args.config, preset=args.preset)
+    elif args.overrides:
+        raise ValueError("--set changes a configuration: add CONFIG or --preset")
+    table = Path(args.rank_table) if args.rank_table else rank_table_of_job()
+    return examine_cluster(
+        loaded.config if loaded else None,
+        device=args.device or (loaded.config.run.device if loaded else "auto"),
+        output=Path(args.output) if args.output else None,
+        rank_table=table,
+    )
 
 
 def examine() -> list[Check]:
@@ -390,6 +430,6 @@ def _print(checks: list[Check], healthy: bool) -> None:
     console.print(table)
     missing = [check.name for check in checks if check.status == "missing"]
     if healthy:
-        console.print("\neverything that training needs is here")
+        console.print("\nnothing that training needs is missing")
     else:
         console.print(f"\nmissing: {', '.join(missing)}", markup=False)

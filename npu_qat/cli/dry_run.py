@@ -1,10 +1,9 @@
 """What a run would do, without doing it: ``npu-qat train --dry-run``.
 
-The model is built on the meta device, which has shapes and no data, from its configuration alone:
-a local folder, the local hub cache, or an architecture file that comes with this package, in this
-order, and only then the network. So the plan of a 1.5-billion-parameter run takes seconds on a
-machine that could not hold it, and it is made by the same ``plan_linears`` that the run itself
-carries out.
+The model is built on the meta device, which has shapes and no data (``planning/model.py``). So the
+plan of a 1.5-billion-parameter run takes seconds on a machine that could not hold it, and it is
+made by the same ``plan_linears`` that the run itself carries out. What activations, other layouts
+and other devices would need is another question: ``npu-qat plan``.
 
 Counts are exact. The time of generation is an estimate by a simple model that is printed beside
 it::
@@ -21,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.config import ModelConfig, NoiseConfig, RunConfig
+from npu_qat.config import NoiseConfig, RunConfig
 from npu_qat.config.paths import layer_index
+from npu_qat.planning.memory import Layout, Load, adapter_states, kv_cache
+from npu_qat.planning.model import build_on_meta, read_architecture
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from npu_qat.layers.plan import PlannedLinear
+    from npu_qat.planning.facts import ModelFacts
 
-ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"
 GSM8K_HUB_NAME = "openai/gsm8k"
 GSM8K_SIZES = (7473, 1319)  # of the published dataset: training, test
 PROBE_SECONDS = 0.2
@@ -108,6 +109,7 @@ def build_plan(config: RunConfig) -> Plan:
     """
     from npu_qat.layers.plan import plan_linears
     from npu_qat.noise.norms import find_rms_norms, select_norms
+    from npu_qat.planning.facts import model_facts
 
     architecture, source = read_architecture(config.model)
     model = build_on_meta(architecture, config.model)
@@ -117,19 +119,17 @@ def build_plan(config: RunConfig) -> Plan:
     norms = find_rms_norms(model) if config.noise.enabled else {}
     chosen = select_norms(model, norms, config.noise) if config.noise.enabled else {}
     device, reason = _device(config.run.device, config.run.backend)
-    lora = _lora_parameters(linears, config)
+    facts = model_facts(model, architecture, linears, config)
     return Plan(
         config=config,
         model=f"{type(model).__name__}, {_architecture_in_words(architecture)}",
         source=source,
         groups=group_linears(linears),
-        parameters=sum(p.numel() for p in model.parameters()),
-        quantized_parameters=sum(
-            p.in_features * p.out_features for p in linears if p.weight_profile is not None
-        ),
-        lora_parameters=lora,
+        parameters=facts.parameters,
+        quantized_parameters=facts.quantized_parameters,
+        lora_parameters=facts.lora_parameters,
         norms=len(chosen),
-        memory=_memory(model, architecture, linears, lora, config),
+        memory=_memory(facts, config),
         problems=problems,
         problems_note=note,
         steps=steps,
@@ -141,53 +141,6 @@ def build_plan(config: RunConfig) -> Plan:
 
 
 # ---------------------------------------------------------------- the model
-
-
-def read_architecture(config: ModelConfig) -> tuple[Any, str]:
-    """The model's configuration (transformers) and a sentence on where it came from.
-
-    Raises ``ValueError`` if it can be found nowhere.
-    """
-    from transformers import AutoConfig
-
-    from npu_qat.layers.base_model import model_source
-
-    source = model_source(config)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if Path(source).is_dir():
-        return AutoConfig.from_pretrained(source, **options), f"from {source}"
-    try:
-        found = AutoConfig.from_pretrained(source, local_files_only=True, **options)
-        return found, "from the local hub cache"
-    except OSError:
-        pass
-    shipped = ARCHITECTURES / f"{source.replace('/', '--')}.json"
-    if shipped.is_file():
-        found = AutoConfig.from_pretrained(shipped)
-        return found, "from this package's architecture file (not in the local hub cache)"
-    try:
-        return AutoConfig.from_pretrained(source, **options), "from the hub"
-    except OSError as error:
-        raise ValueError(
-            f"model.path {config.path!r} is no local folder, not in the hub cache, and cannot be "
-            f"fetched: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def build_on_meta(architecture: Any, config: ModelConfig) -> Any:
-    """The model without data."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from npu_qat.layers.base_model import DTYPES
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            architecture,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
 
 
 def group_linears(linears: Sequence[PlannedLinear]) -> list[Group]:
@@ -236,45 +189,17 @@ def _architecture_in_words(architecture: Any) -> str:
 # ---------------------------------------------------------------- counts
 
 
-def _lora_parameters(linears: Sequence[PlannedLinear], config: RunConfig) -> int:
-    """``r (in + out)`` for each adapted linear: those of the decoder layers, or the named ones."""
-    targets = config.lora.targets
-    adapted = [p for p in linears if p.layer is not None]
-    if targets != "all-linear":
-        adapted = [p for p in adapted if p.path.rpartition(".")[2] in targets]
-    if not adapted:
-        raise ValueError(f"lora.targets: {list(targets)} names no linear of the decoder layers")
-    return config.lora.r * sum(p.in_features + p.out_features for p in adapted)
-
-
-def _memory(
-    model: Any,
-    architecture: Any,
-    linears: Sequence[PlannedLinear],
-    lora: int,
-    config: RunConfig,
-) -> dict[str, int]:
-    item = 4 if config.model.dtype == "fp32" else 2
-    total = item * sum(p.numel() for p in model.parameters())
-    replaced = sum(p.bytes_16bit * item // 2 for p in linears if p.weight_profile is not None)
-    stored = sum(
-        p.bytes_stored if p.storage == "packed" else p.bytes_stored * item // 2
-        for p in linears
-        if p.weight_profile is not None
+def _memory(facts: ModelFacts, config: RunConfig) -> dict[str, int]:
+    """What stays on one device, whatever the sequences; ``npu-qat plan`` has the rest."""
+    r = config.rollout
+    rollout = Load(
+        1, 1, 1, rollout_rows=r.batch_size, prompt=r.max_prompt_tokens, new_tokens=r.max_new_tokens
     )
-    a, r = architecture, config.rollout
-    head = getattr(a, "head_dim", None) or a.hidden_size // a.num_attention_heads
-    kv_heads = getattr(a, "num_key_value_heads", None) or a.num_attention_heads
-    length = r.max_prompt_tokens + r.max_new_tokens
     return {
-        f"weights in {config.model.dtype}": total,
-        f"weights as stored ({_storage_in_words(config)})": total - replaced + stored,
-        "LoRA, fp32 master": 4 * lora,
-        "LoRA, fp32 gradients": 4 * lora,
-        "LoRA, Adam moments": 8 * lora,
-        "KV cache of a rollout, at most": (
-            2 * item * a.num_hidden_layers * kv_heads * head * length * r.batch_size
-        ),
+        f"weights in {config.model.dtype}": facts.bytes_loaded,
+        f"weights as stored ({_storage_in_words(config)})": facts.bytes_stored,
+        **adapter_states(facts, Layout()),
+        "KV cache of a rollout, at most": kv_cache(facts, rollout),
     }
 
 

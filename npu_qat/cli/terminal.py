@@ -7,6 +7,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from npu_qat.training.peers import PEER_LOST, PeerLost
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -52,6 +54,10 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
     if rank() != 0 and _same_on_every_rank(error):
         return FAILED
+    if isinstance(error, PeerLost):  # one voice a machine; it names the machine itself
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return PEER_LOST
     text = str(error) or type(error).__name__
     if not isinstance(error, (ValueError, OSError, ImportError)):
         text = f"{type(error).__name__}: {text}"
@@ -60,6 +66,18 @@ def report_error(error: BaseException) -> int:
     who = f"[rank {rank()}] " if world_size() > 1 and rank() != 0 else ""
     print(f"{who}error: {text}", file=sys.stderr)
     return FAILED
+
+
+def end_failed_rank(code: int) -> int:
+    """``code``; but one of several processes ends here, without Python's clean-up.
+
+    That would take down the process group, and wait for ranks that are gone or stuck.
+    """
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _same_on_every_rank(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npu_qat.backends.npu_installation import require_npu
 from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import INTERRUPTED, make_console, world_size
 
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
         print_plan(build_plan(loaded.config), console)
         return 0
+    if loaded.config.run.device == "npu":
+        require_npu()
     directory = run_directory(loaded)
     console.print(f"run directory: {directory}", markup=False)
 

@@ -63,6 +63,13 @@ class RunSection(Section):
     threads: Positive | None = Field(
         None, description="CPU threads for torch. Default: OMP_NUM_THREADS, else physical cores."
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab"], ...] = Field(
+        ("tensorboard",),
+        description="Who shows the metrics, besides metrics.jsonl; may be empty. wandb, mlflow and "
+        "swanlab are extras of this package and take logins and offline modes from their own "
+        "environment variables (docs/integrations.md).",
+    )
+    tracker_project: str = Field("npu-qat", description="Project or experiment in the trackers.")
 
 
 class ModelConfig(Section):
@@ -152,8 +159,9 @@ class Recipe(Section):
     matmul: Literal["auto", "fused", "emulated"] = Field(
         "auto",
         description="fused: the device multiplies the 4-bit codes, as it does when it serves "
-        "(Ascend 950). emulated: a 16-bit matmul on the values that they stand for. auto: fused "
-        "where device and recipe allow it; the audit records which, and why.",
+        "(Ascend 950), or as FP8 numbers (NVIDIA from Ada on: MXFP4, bf16 models; never chosen by "
+        "auto). emulated: a 16-bit matmul on the values that they stand for. auto: fused where "
+        "device and recipe allow it; the audit records which, and why.",
     )
     exclude: tuple[PathPattern, ...] = Field(
         ("lm_head",),
@@ -244,6 +252,12 @@ class LoraSection(Section):
     r: Positive = Field(32, description="Rank.")
     alpha: Positive = Field(16, description="Scale; the adapter's output is times alpha / r.")
     dropout: Fraction = Field(0.0, description="Dropout on the adapter's input, in training.")
+    init: Literal["default", "quantisation_error"] = Field(
+        "default",
+        description="default: B = 0, the adapter adds nothing. quantisation_error: the best "
+        "low-rank estimate, from calibration data, of what the quantised linear misses "
+        "(docs/training.md). Arms in 16 bits have no such error and start by default.",
+    )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
         description="All linears of the decoder layers, quantised or not, or the last path "
@@ -592,6 +606,11 @@ class RunConfig(Section):
                 raise ValueError(
                     "distill.teacher: bf16_lora teaches a quantised arm; set quant.injection_point"
                 )
+        if self.lora.init == "quantisation_error" and self.quant.injection_point == "none":
+            raise ValueError(
+                "lora.init: quantisation_error needs an error; set quant.injection_point, or "
+                "lora.init: default"
+            )
         if r.engine == "vllm":
             self._engine_agrees()
         rollout_noise = self.noise.enabled and self.noise.apply_during == "rollout"

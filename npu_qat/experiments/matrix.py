@@ -129,6 +129,7 @@ class Matrix(Section):
     arms: tuple[Arm, ...] = Field(min_length=1, description="The rows.")
     contrasts: tuple[Contrast, ...] = Field((), description="The questions.")
     curve: str = Field("accuracy_train", description="Metric of the learning curves.")
+    curve_arms: tuple[str, ...] = Field((), description="Arms that are drawn. Default: all.")
 
     @model_validator(mode="after")
     def _names_fit(self) -> Matrix:
@@ -138,6 +139,8 @@ class Matrix(Section):
         used = {
             v for arm in self.arms for v in (*arm.use, *(x for s in arm.serve.values() for x in s))
         }
+        if unknown := sorted(set(self.curve_arms) - set(names)):
+            raise ValueError(f"curve_arms: there is no arm {unknown[0]!r}")
         if unknown := sorted(used - set(self.variants)):
             raise ValueError(f"there is no variant {unknown[0]!r}; variants: {list(self.variants)}")
         rows = set(self.rows)

@@ -36,8 +36,8 @@ _ASKED = {
     "difference": "The experiment plan's key question; none of the documents' runs could answer "
     "it. A difference of differences: what guided noise gains in W4A4, minus what it gains in "
     "W4A16.",
-    "levers": "Each against MXFP4 W4A4 LoRA alone. The aim was MXFP4 W4A4 within 1 point of "
-    "accuracy, or 3 % of perplexity, of BF16 LoRA, and at NVFP4's level or better.",
+    "levers": "Each in MXFP4 W4A4 LoRA where nothing else is said. The aim was MXFP4 W4A4 within 1 "
+    "point of accuracy, or 3 % of perplexity, of BF16 LoRA, and at NVFP4's level or better.",
 }
 
 

@@ -630,7 +630,9 @@ def _sections(found: Analysis) -> list[tuple[str, list[Block]]]:
         ("What makes the arms comparable", [_check_table(found)]),
     ]
     if any(r.get("curves", {}).get(found.matrix.curve) for r in found.results):
+        some = "Some of the arms; the others are in the result files. "
         text = f"Mean over seeds of `{found.matrix.curve}` by step, in the numbers of the arm."
+        text = some * bool(found.matrix.curve_arms) + text
         curves: list[Block] = [text, Picture("curves.svg", f"{found.matrix.curve} by step")]
         sections.append(("Learning curves", curves))
     if table := _noise_table(found):
@@ -788,8 +790,9 @@ def _dot_plot(found: Analysis) -> str:
 
 def _curves(found: Analysis) -> str:
     series: dict[str, list[float]] = {}
+    drawn = found.matrix.curve_arms
     for row in found.rows:
-        if "@" in row.name:
+        if "@" in row.name or (drawn and row.arm.name not in drawn):
             continue
         runs = [r["curves"].get(found.matrix.curve) for r in row.results if "curves" in r]
         whole = [run for run in runs if run and None not in run]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -39,30 +40,42 @@ from npu_qat.evaluation.perplexity import (
 from npu_qat.experiments.console import RunConsole
 from npu_qat.experiments.environment import describe_environment
 from npu_qat.experiments.evidence import run_checks
+from npu_qat.experiments.heartbeat import with_heartbeat
 from npu_qat.experiments.stopping import stop_requests
-from npu_qat.experiments.tensorboard import TensorBoard
+from npu_qat.integrations.trackers import TrackedRun, Trackers, open_trackers
 from npu_qat.layers import QuantizedModel, add_lora, load_lora, prepare_model
 from npu_qat.layers.audit import Check, raise_failed
 from npu_qat.layers.base_model import DTYPES, answer_ids, load_base, prompt_ids, stop_ids
 from npu_qat.layers.calibration import CALIBRATION_PROMPTS, calibrate_on_prompts
+from npu_qat.layers.compensation import Compensation, compensate, compensation_check
 from npu_qat.noise import AQN
 from npu_qat.reporting import write_report
 from npu_qat.tasks import Problem, Task, load_task
 from npu_qat.training.distill import Teacher
 from npu_qat.training.engine import Engine, launch_environment, shut_down, world
 from npu_qat.training.loop import Interrupted, Learner, total_steps
+from npu_qat.training.peers import failures_told
 from npu_qat.training.rundir import RunDirectory
 from npu_qat.training.samplers import Sampler
+from npu_qat.training.sharing import first_says, folder_for_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # What may differ when a run is resumed: where and how it runs, not what it computes.
 MAY_CHANGE = {
-    "run": {"output_dir", "resume", "threads", "device", "backend"},
+    "run": {
+        *("output_dir", "resume", "threads", "device", "backend"),
+        *("trackers", "tracker_project"),
+    },
     "train": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
     "deepspeed": {"zero_stage", "overrides"},
 }
+# Training problems whose texts show the linears their inputs (lora.init: quantisation_error); about
+# ten times as many tokens as a small model's widest input has channels.
+COMPENSATION_PROBLEMS = 64
+# The identity under which trackers go on with a resumed run.
+TRACKED = "trackers.json"
 # Room for logs, samples, plots and report beside the checkpoints.
 BYTES_BESIDE_CHECKPOINTS = 64 * 2**20
 
@@ -86,6 +99,7 @@ def execute(
         TrainingError: NaN, Inf, or rollout and training compute different models.
         AuditError: a measurement contradicts the configuration.
         Interrupted: the user stopped the run; ``--resume auto`` goes on.
+        PeerLost: another process of the run is gone; ``--resume auto`` goes on.
     """
     selection = _start(config)
     rank, _ = world()
@@ -93,15 +107,18 @@ def execute(
     shown = RunConsole(console)
     resume = config.run.resume == "auto"
     try:
-        if resume:
-            _check_same_run(config, rundir)
-        rundir.prepare(resume=resume, bytes_needed=BYTES_BESIDE_CHECKPOINTS)
-        with rundir.locked(), stop_requests(shown.say) as should_stop:
-            run = _Run(config, rundir, selection, shown, should_stop)
-            summary = run.execute(resume)
-            if report and rundir.writer:
-                shown.say(f"report: {write_report(rundir.path)}")
-            return summary
+        with failures_told(Interrupted):
+            if resume:
+                _check_same_run(config, rundir)
+            rundir.prepare(resume=resume, bytes_needed=BYTES_BESIDE_CHECKPOINTS)
+            with rundir.locked(), stop_requests(shown.say) as should_stop:
+                asked = with_heartbeat(should_stop)
+                run = _Run(config, rundir, selection, shown, asked)
+                with run.tracked():
+                    summary = run.execute(resume)
+                if report and rundir.writer:
+                    shown.say(f"report: {write_report(rundir.path)}")
+                return summary
     finally:
         shown.close()
         shut_down()
@@ -133,10 +150,11 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             rundir = RunDirectory(Path(scratch), writer=world()[0] == 0)
-            run = _Run(config, rundir, selection, shown, lambda: False)
-            shown.say(f"device: {selection.reason}")
-            run.evaluate_only(run_dir, adapter)
-            return run.evaluations()
+            with failures_told():
+                run = _Run(config, rundir, selection, shown, lambda: False)
+                shown.say(f"device: {selection.reason}")
+                run.evaluate_only(run_dir, adapter)
+                return run.evaluations()
         finally:
             shut_down()
 
@@ -151,7 +169,8 @@ def evaluate_as(
         name: of the evaluation; one of that name that is there already is taken.
         run_dir: the outcomes go to ``evaluations/<name>.jsonl`` there.
         console: where progress goes; a rich console.
-        adapter: on top of the model (PEFT format); None: the model as it comes.
+        adapter: on top of the model (PEFT format); None: the model as it comes, or with the adapter
+            that ``lora.init: quantisation_error`` starts from.
 
     Returns:
         The evaluation, as ``summary.json`` has it.
@@ -163,7 +182,7 @@ def evaluate_as(
         run.rundir.write_json("environment.json", describe_environment(selection))
         quantized = run.mode != "w16a16"
         if adapter is None:
-            run.evaluate_start(name, quantized=quantized)
+            run.evaluate_start(name, quantized=quantized, adapted=config.lora.init != "default")
         else:
             run.evaluate_adapter(adapter, name, quantized=quantized)
         found: dict[str, Any] = run.evaluations()["arms"][name]
@@ -234,13 +253,26 @@ class _Run:
         self.problems: Sequence[Problem] = self.task.test[:wanted]
         self.mode = _mode(config)
         self.seconds: dict[str, float] = {}
-        self.board = TensorBoard(rundir)
+        self.trackers = Trackers({})
         # Arms whose first step in this process passed the audit.
         self.audited: set[str] = set()
         # Arms that are trained and evaluated.
         self.trained: set[str] = set()
+        # What adapters that start from the quantisation error took away of it.
+        self.compensations: list[Compensation] = []
         # Evaluations of this run, in the order in which they were made.
         self.names: list[str] = []
+
+    def tracked(self) -> Trackers:
+        """Start the trackers, before the run has cost anything; they are finished on exit."""
+        asked = self.config.run
+        if self.rundir.writer:
+            known = self.rundir.read_json(TRACKED) or {"id": secrets.token_hex(8)}
+            name, config = self.rundir.path.name, self.config.model_dump(mode="json")
+            about = TrackedRun(name, self.rundir.path, known["id"], asked.tracker_project, config)
+            self.trackers = open_trackers(asked.trackers, about, self.console.say)
+            self.rundir.write_json(TRACKED, known)
+        return self.trackers
 
     def execute(self, resume: bool) -> dict[str, Any]:
         started = time.time()
@@ -266,25 +298,36 @@ class _Run:
 
     def _load(self, *, quantized: bool) -> tuple[Any, Any, QuantizedModel | None]:
         """A fresh base, its tokenizer and, if quantised, its handle."""
-        model, tokenizer = load_base(self.config.model, self.selection.device)
-        if not quantized or self.mode == "w16a16":
+        recipe, device = self.config.quant, self.selection.device
+        quantized = quantized and self.mode != "w16a16"
+        # A packed base takes a quarter of the room: its 16-bit weights visit the device in turns.
+        in_turns = quantized and recipe.base_storage == "packed"
+        where = torch.device("cpu") if in_turns else device
+        model, tokenizer = load_base(self.config.model, where)
+        if not quantized:
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             return model, tokenizer, None
-        handle = prepare_model(model, self.config.quant, self.selection.backend)
+        handle = prepare_model(model, recipe, self.selection.backend, device)
         prompts = [self.task.messages(p) for p in self.task.train[:CALIBRATION_PROMPTS]]
         calibrate_on_prompts(handle, tokenizer, prompts)
         return model, tokenizer, handle
 
     # --- evaluation -------------------------------------------------------------------------
 
-    def evaluate_start(self, name: str, *, quantized: bool) -> None:
-        """Evaluate the model as it comes, unless that was done already."""
+    def evaluate_start(self, name: str, *, quantized: bool, adapted: bool = False) -> None:
+        """Evaluate the model as it comes, unless that was done already.
+
+        ``adapted``: with the adapter that training would start from.
+        """
         if self._outcomes(name) is not None:
             self.names.append(name)
             return
         model, tokenizer, handle = self._load(quantized=quantized)
-        self._evaluate(name, model, tokenizer, handle)
+        if adapted:
+            model = add_lora(model, self.config.lora, self.config.run.seed)
+            self._compensate(model, tokenizer)
+        self._evaluate(name, model.eval(), tokenizer, handle)
         _forget(model)
 
     def _serve_adapter(self, arm: str, name: str) -> None:
@@ -387,24 +430,22 @@ class _Run:
     def _check_stop(self) -> None:
         """Abandon an evaluation if the user asked to stop; several processes finish it, because all
         of them must stop at the same place."""
-        if world()[1] == 1 and self.should_stop():
+        if self.should_stop() and world()[1] == 1:
             raise Interrupted("stopped in an evaluation, of which nothing is kept")
 
     def _outcomes(self, name: str) -> list[dict[str, Any]] | None:
         """The outcomes of an evaluation that is already there, as the first rank sees it: the ranks
         must agree on what is left to do."""
         path = self.rundir.path / "evaluations" / f"{name}.jsonl"
-        found: list[Any] = [None]
+        found: list[Any] | None = None
         if self.rundir.writer and path.exists():
-            found = [[json.loads(line) for line in path.read_text("utf-8").splitlines()]]
-        if world()[1] > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        rows: list[dict[str, Any]] | None = found[0]
+            found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows: list[dict[str, Any]] | None = first_says(found)
         return rows
 
     def evaluate_only(self, run_dir: Path | None, adapter: Path | None) -> None:
         """Evaluate the start in 16 bits and quantised, then what was trained."""
-        adapters = [] if run_dir is None else sorted((run_dir / "adapters").glob("*"))
+        adapters = first_says([] if run_dir is None else sorted((run_dir / "adapters").glob("*")))
         if run_dir is not None and not adapters:
             raise ValueError(f"{run_dir} holds no trained adapter yet")
         self.evaluate_start("bf16_start", quantized=False)
@@ -426,7 +467,8 @@ class _Run:
             self.names.append(name)
             return
         model, tokenizer, handle = self._load(quantized=quantized)
-        self._evaluate(name, load_lora(model, str(folder)).eval(), tokenizer, handle)
+        adapted = load_lora(model, str(folder_for_all(folder))).eval()
+        self._evaluate(name, adapted, tokenizer, handle)
         _forget(model)
 
     # --- training ---------------------------------------------------------------------------
@@ -450,6 +492,8 @@ class _Run:
         if handle is not None:
             self._write_base(handle)
         adapted = add_lora(model, self.config.lora, self.config.run.seed)
+        if arm.quantized and self.config.lora.init == "quantisation_error":
+            self._compensate(adapted, tokenizer)
         if self.config.model.gradient_checkpointing:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
         aqn = None
@@ -512,8 +556,26 @@ class _Run:
         """The 16-bit model that ``distill`` names."""
         model, _, _ = self._load(quantized=False)
         if self.config.distill.teacher == "bf16_lora":
-            model = load_lora(model, str(self._adapter("bf16_lora")))
+            model = load_lora(model, str(folder_for_all(self._adapter("bf16_lora"))))
         return Teacher(model, self.config.distill)
+
+    def _compensate(self, adapted: Any, tokenizer: Any) -> None:
+        """Start the adapters from the quantisation error on training problems (no label counts: the
+        target is what the 16-bit linears compute)."""
+        reference, _, _ = self._load(quantized=False)
+        rows = [
+            prompt_ids(tokenizer, self.task.messages(p)) + answer_ids(tokenizer, p.solution)
+            for p in self.task.train[:COMPENSATION_PROBLEMS]
+        ]
+
+        def run(model: Any) -> None:
+            for row in rows:  # one by one: padding would be data
+                ids = torch.tensor([row], device=self.selection.device)
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+        self.compensations = compensate(adapted, reference, run)
+        self.console.say(f"adapters: {compensation_check(self.compensations).measured}")
+        _forget(reference)
 
     def _noise(self, model: Any) -> AQN:
         per_epoch = max(self.steps // self.config.train.epochs, 1)
@@ -535,7 +597,7 @@ class _Run:
 
     def _after_step(self, learner: Learner, done: int, metrics: dict[str, Any]) -> None:
         self.console.step(learner.arm, done, self.steps, metrics)
-        self.board.add(learner.arm, done, metrics)
+        self.trackers.log({f"{learner.arm}/{k}": v for k, v in metrics.items()}, done)
         if learner.quantized is not None and learner.arm not in self.audited:
             with learner.engine.gathered():
                 learner.quantized.audit.verify(learner.engine.model)
@@ -550,6 +612,8 @@ class _Run:
                 "metrics.jsonl",
                 {"arm": learner.arm, "step": done, "evaluation": _in_training(rows)},
             )
+            found = _in_training(rows).items()
+            self.trackers.log({f"{learner.arm}/evaluation_{k}": v for k, v in found}, done)
             self.console.say(f"{learner.arm} step {done}: held-out {self._words(rows)}")
 
     def _write_base(self, handle: QuantizedModel) -> None:
@@ -583,6 +647,8 @@ class _Run:
     def _audit(self, learner: Learner, model: Any) -> None:
         """Write the arm's part of ``audit.json``; raises ``AuditError`` if a check failed."""
         checks = run_checks(learner)
+        if learner.quantized is not None and self.config.lora.init == "quantisation_error":
+            checks.append(compensation_check(self.compensations))
         if learner.quantized is not None:
             audit = learner.quantized.audit
             audit.add_checks(checks)
@@ -621,6 +687,7 @@ class _Run:
         evaluations = self.evaluations()
         self.rundir.write_json("evaluations.json", evaluations)
         audit = self.rundir.read_json("audit.json")
+        self.trackers.finish()
         summary = {
             **evaluations,
             "mode": self.mode,
@@ -628,6 +695,7 @@ class _Run:
             "seconds": seconds,
             "stages": self.seconds,
             "audit": audit["verdict"] if audit else None,
+            "trackers": self.trackers.state,
         }
         self.rundir.write_json("summary.json", summary)
         return summary

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from npu_qat.backends import Backend, BackendUnavailable, FusedBackend
+from npu_qat.backends import Backend, BackendUnavailable, FusedBackend, FusedOnRequest
 from npu_qat.config import Recipe
 from npu_qat.layers.plan import PlannedLinear
 
@@ -49,6 +49,8 @@ def choose_matmul(recipe: Recipe, backend: Backend, plan: Iterable[PlannedLinear
     """
     if recipe.matmul == "emulated":
         return MatmulMode("matmul: emulated was asked for")
+    if recipe.matmul == "fused" and isinstance(backend, FusedOnRequest):
+        backend = backend.fused()
     reason = _obstacle(recipe, backend, plan)
     if reason is None:
         assert isinstance(backend, FusedBackend)
@@ -61,6 +63,8 @@ def choose_matmul(recipe: Recipe, backend: Backend, plan: Iterable[PlannedLinear
 def _obstacle(recipe: Recipe, backend: Backend, plan: Iterable[PlannedLinear]) -> str | None:
     """What stands against the fused matmul, or None."""
     if not isinstance(backend, FusedBackend):
+        if isinstance(backend, FusedOnRequest):
+            return f"backend {backend.name!r} multiplies codes on request only (matmul: fused)"
         return f"backend {backend.name!r} has no matmul of 4-bit codes"
     if recipe.injection_point != "both":
         return (

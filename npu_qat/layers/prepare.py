@@ -111,7 +111,10 @@ class QuantizedModel:
 
 
 def prepare_model(
-    model: nn.Module, recipe: Recipe, backend: Backend | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    backend: Backend | None = None,
+    device: torch.device | None = None,
 ) -> QuantizedModel:
     """Freeze ``model`` and replace its linears by quantised ones, in place.
 
@@ -119,6 +122,9 @@ def prepare_model(
         model: a Hugging Face decoder or any module with ``nn.Linear`` layers, in 16 or 32 bits.
         recipe: what is quantised, and how.
         backend: who computes; default the emulation.
+        device: where the prepared model shall be; default where ``model`` is. The linears go there
+            group by group, so a model on the CPU whose weights are packed needs no room there for
+            its 16-bit ones.
 
     Returns:
         The handle of the prepared model.
@@ -143,15 +149,19 @@ def prepare_model(
         parameter.requires_grad_(False)
     measured: dict[str, Measurement] = {}
     for group in sibling_groups(chosen):
-        measured |= _replace_group(model, group, state)
+        measured |= _replace_group(model, group, state, device)
+    if device is not None:
+        model.to(device)
     fuse(model, state)
     return QuantizedModel(model, plan, state, measured)
 
 
 def _replace_group(
-    model: nn.Module, group: tuple[str, ...], state: QuantState
+    model: nn.Module, group: tuple[str, ...], state: QuantState, device: torch.device | None
 ) -> dict[str, Measurement]:
     originals = [_linear(model, path) for path in group]
+    if device is not None:
+        originals = [linear.to(device) for linear in originals]
     linears = [_folded(linear) if state.recipe.rotates else linear for linear in originals]
     amax = None
     if get_profile(state.recipe.weight_profile).tensor_scale:

@@ -23,6 +23,7 @@ Shapes: B = any leading dimensions, K = in_features, N = out_features.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections import Counter
@@ -45,7 +46,13 @@ from npu_qat.backends import (
 )
 from npu_qat.config import Recipe
 from npu_qat.layers.matmul import EMULATED, MatmulMode
-from npu_qat.layers.rotation import rotate_input
+from npu_qat.layers.rotation import (
+    INPUT_FACTOR,
+    RotatingBackend,
+    quantize_rotated_input,
+    rotate_blocks,
+    rotate_input,
+)
 from npu_qat.layers.straight_through import FrozenLinear, quantize_activation
 from npu_qat.numerics import QuantizedTensor, get_profile, nvfp4_tensor_scale
 
@@ -153,11 +160,30 @@ class SharedInput(Generic[Result]):
         if self._key is None:
             return False
         source, version, graph = self._key
-        return source() is x and version == x._version and graph == _builds_graph(x)
+        # What carries a gradient serves a caller who wants none, too.
+        return source() is x and version == x._version and (graph or not _builds_graph(x))
 
 
 def _builds_graph(x: torch.Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
+
+
+def _bytes(stored: torch.Tensor) -> torch.Tensor:
+    """uint8, which ZeRO-3 stores as int8 where the communication library has no uint8."""
+    data = stored.data
+    return data if data.dtype == torch.uint8 else data.view(torch.uint8)
+
+
+def _frozen(
+    x: torch.Tensor,
+    product: Callable[[torch.Tensor], torch.Tensor],
+    weight: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """``product(x)``; with the gradient of ``FrozenLinear`` where one is wanted."""
+    if not _builds_graph(x):
+        return product(x)
+    y: torch.Tensor = FrozenLinear.apply(x, product, weight)
+    return y
 
 
 @dataclass
@@ -280,17 +306,16 @@ class QuantLinear(nn.Linear):
 
         Without the tensor scale, which goes to the result.
         """
-        # ZeRO-3 stores the bytes as int8 where the communication library has no uint8.
         return PackedWeight(
-            self.weight_packed.data.view(torch.uint8),
-            self.weight_scale.data.view(torch.uint8),
+            _bytes(self.weight_packed),
+            _bytes(self.weight_scale),
             shape=(self.out_features, self.in_features),
             profile=self.state.recipe.weight_profile,
             axis=self.weight_axis % 2,
-            level0_scales=getattr(self, "weight_level0", None),
+            level0_scales=self._buffers.get("weight_level0"),
         )
 
-    @property
+    @functools.cached_property
     def operand_dtype(self) -> torch.dtype:
         """dtype of both operands of the emulated matmul: the layer's, which holds them exactly, or
         fp32 where a profile has fp32 scales inside the sum (dual-level)."""
@@ -318,14 +343,15 @@ class QuantLinear(nn.Linear):
         layer: the rotated ones)."""
         if hasattr(self, "weight_full") and not self.state.active:
             return self.weight_full
-        image, scale = self.weight_operand(), getattr(self, "weight_tensor_scale", None)
+        image, scale = self.weight_operand(), self._buffers.get("weight_tensor_scale")
         return (image if scale is None else image.float() * scale).to(self.dtype)
 
     def weight_operand(self) -> torch.Tensor:
         """[N, K] in ``operand_dtype``: the stored weight as it enters the matmul, without a tensor
         scale."""
-        if hasattr(self, "weight_image"):
-            return self.weight_image
+        image = self._parameters.get("weight_image")
+        if image is not None:
+            return image
         return self.state.backend.dequantize(self.packed_weight(), self.operand_dtype)
 
     @property
@@ -372,6 +398,22 @@ class QuantLinear(nn.Linear):
 
         return quantize_activation(x, quantizer, use_ste=recipe.use_ste, slope=1 / scale)
 
+    def _quantizes_rotated(self, x: torch.Tensor) -> bool:
+        """Whether the backend rotates ``x`` as it quantises it, which saves passes over memory."""
+        state, recipe = self.state, self.state.recipe
+        return (
+            state.active
+            and recipe.quantizes_input
+            and recipe.use_ste
+            and isinstance(state.backend, RotatingBackend)
+            and state.backend.rotates(x, recipe.activation_profile)
+        )
+
+    def _quantize_rotated(self, x: torch.Tensor) -> torch.Tensor:
+        backend = self.state.backend
+        assert isinstance(backend, RotatingBackend)
+        return quantize_rotated_input(x, self.state.recipe.activation_profile, backend)
+
     def _fake_quant(self, x: torch.Tensor) -> torch.Tensor:
         backend, profile = self.state.backend, self.state.recipe.activation_profile
         if self.operand_dtype == x.dtype:
@@ -387,7 +429,7 @@ class QuantLinear(nn.Linear):
 
     def input_scale(self) -> torch.Tensor | None:
         """The input's static tensor scale, or None without one; ValueError if it is not set."""
-        scale = getattr(self, "input_tensor_scale", None)
+        scale = self._buffers.get("input_tensor_scale")
         # To look at the value makes the host wait for the device: once for each that is set.
         if scale is not None and scale._version != self._calibrated:
             if torch.isnan(scale):
@@ -401,8 +443,11 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state, recipe = self.state, self.state.recipe
+        if torch.is_autocast_enabled(x.device.type):
+            self._check_autocast(torch.get_autocast_dtype(x.device.type))
         given = x
-        if recipe.rotates:
+        in_one_pass = recipe.rotates and self._quantizes_rotated(x)
+        if recipe.rotates and not in_one_pass:
             x = self.rotated.get(x, rotate_input)
         if state.calibrating:
             self.input_amax = max(self.input_amax, self._finite_amax(x))
@@ -417,7 +462,11 @@ class QuantLinear(nn.Linear):
             y = result = self._fused_matmul(x, encoded, state.matmul.backend)
             operand = partial(state.matmul.backend.decode_input, encoded)
         else:
-            seen = self.quantize_input(x) if recipe.quantizes_input else x
+            seen = x
+            if in_one_pass:
+                seen = self.shared.get(x, self._quantize_rotated)
+            elif recipe.quantizes_input:
+                seen = self.quantize_input(x)
             y = result = self._matmul(seen)
             operand = partial(torch.Tensor.detach, seen)
         if recipe.quantizes_output:
@@ -429,6 +478,13 @@ class QuantLinear(nn.Linear):
         if state.observer is not None:
             state.observer(self, given, operand, result, y)
         return y
+
+    def _check_autocast(self, dtype: torch.dtype) -> None:
+        if dtype != self.dtype:
+            raise ValueError(
+                f"autocast computes in {dtype}, but the layers were prepared in {self.dtype}; load "
+                f"the model in {dtype}, or switch autocast off"
+            )
 
     def _finite_amax(self, x: torch.Tensor) -> float:
         amax = x.detach().abs().amax().item()
@@ -456,17 +512,17 @@ class QuantLinear(nn.Linear):
         added = None if scale is not None or self.bias is None else self.bias
         bias = None if added is None else added.to(self.operand_dtype)
         operand = operand.to(self.operand_dtype)
-        y: torch.Tensor = FrozenLinear.apply(
-            operand, partial(self._product, bias=bias), self.weight_operand
-        )
+        product = partial(self._product, bias=bias)
+        y = _frozen(operand, product, self.weight_operand)
         if scale is not None:
             y = y.float() * scale
             y = y if self.bias is None else y + self.bias.float()
         return y.to(self.dtype)
 
     def _product(self, operand: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if hasattr(self, "weight_image"):
-            return F.linear(operand, self.weight_image, bias)
+        image = self._parameters.get("weight_image")
+        if image is not None:
+            return F.linear(operand, image, bias)
         return self.state.backend.linear(operand, self.packed_weight(), bias)
 
     def _fused_matmul(
@@ -475,12 +531,38 @@ class QuantLinear(nn.Linear):
         """The device's matmul of codes; straight-through for ``x``."""
         if not self.state.recipe.use_ste:
             x = quantize_activation(x, torch.Tensor.detach, use_ste=False)
-        y: torch.Tensor = FrozenLinear.apply(
+        return _frozen(
             x,
             lambda _: backend.fused_linear(encoded, self._prepared_weight(backend), self.bias),
             self.weight_operand,
         )
-        return y
+
+    @property
+    def has_input_gradient(self) -> bool:
+        """Whether ``input_gradient`` is this layer's gradient now."""
+        state, recipe = self.state, self.state.recipe
+        return (
+            state.active
+            and not recipe.quantizes_output
+            and (recipe.use_ste or not recipe.quantizes_input)
+            and recipe.lora_input == "full"
+            and recipe.lora_output == "full"
+        )
+
+    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """dx [M, K] of the layer where it quantises, straight-through, from dy [M, N]."""
+        weight = self.weight_operand()
+        # The tensor scale of the input goes into the result and out of the operand again.
+        scale = self._buffers.get("weight_tensor_scale")
+        if scale is not None:
+            grad = grad.float() * scale
+        dx = (grad.to(weight.dtype) @ weight).to(self.dtype)
+        if not self.state.recipe.rotates:
+            return dx
+        backend, profile = self.state.backend, self.state.recipe.activation_profile
+        if isinstance(backend, RotatingBackend) and backend.rotates(dx, profile):
+            return backend.rotate(dx, INPUT_FACTOR)
+        return rotate_blocks(dx, INPUT_FACTOR)
 
     def _prepared_weight(self, backend: FusedBackend) -> object:
         """The stored codes in the device's layout, made again when they moved."""
@@ -497,7 +579,7 @@ class QuantLinear(nn.Linear):
         scales = [
             s
             for name in ("weight_tensor_scale", "input_tensor_scale")
-            if (s := getattr(self, name, None)) is not None
+            if (s := self._buffers.get(name)) is not None
         ]
         return torch.stack(scales).prod() if scales else None
 

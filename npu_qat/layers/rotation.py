@@ -21,7 +21,8 @@ every device gives the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -61,6 +62,51 @@ def rotate_blocks(x: torch.Tensor, factor: float) -> torch.Tensor:
             now, after = after, now
             distance *= 2
         return now.mul_(factor).view(x.shape).to(x.dtype)
+
+
+@runtime_checkable
+class RotatingBackend(Protocol):
+    """A backend that rotates blocks in the pass that quantises them."""
+
+    def rotates(self, x: torch.Tensor, profile: str) -> bool:
+        """Whether the two calls below take ``x``."""
+        ...
+
+    def quantize_rotated(self, x: torch.Tensor, profile: str, factor: float) -> torch.Tensor:
+        """``fake_quant(rotate_blocks(x, factor), profile)``."""
+        ...
+
+    def rotate(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """``rotate_blocks(x, factor)``."""
+        ...
+
+
+class _QuantizeRotated(torch.autograd.Function):
+    """``quantizer(x)`` of a quantiser that rotates first; straight-through for its rounding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        quantizer: Callable[[torch.Tensor], torch.Tensor],
+        rotate: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.rotate = rotate
+        return quantizer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.rotate(grads[0]), None, None
+
+
+def quantize_rotated_input(x: torch.Tensor, profile: str, backend: RotatingBackend) -> torch.Tensor:
+    """``Q(x H / 4)`` [..., K] in one pass, with the straight-through gradient."""
+    result: torch.Tensor = _QuantizeRotated.apply(
+        x,
+        lambda t: backend.quantize_rotated(t, profile, INPUT_FACTOR),
+        lambda grad: backend.rotate(grad, INPUT_FACTOR),
+    )
+    return result
 
 
 class _RotateInput(torch.autograd.Function):

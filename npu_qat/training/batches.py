@@ -17,11 +17,16 @@ P positions from ``Batch.first`` on, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+# Log-probabilities that are made at a time: 128 MiB in fp32.
+CHUNK_ELEMENTS = 2**25
+Compare = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,12 +147,53 @@ def completion_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch
 
     ``temperature`` divides the logits, as in sampling, so that both speak of one distribution.
     """
-    return of_tokens(position_logp(model, batch, temperature), batch)
+    return completion_terms(model, batch, temperature)[0]
 
 
-def position_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """fp32 [B, P, V]: log-probabilities of every token at positions ``batch.first`` and later."""
-    logits = model(
+def completion_terms(
+    model: Any, batch: Batch, temperature: float = 1.0, compare: Compare | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the completion's tokens, and what ``compare`` says at each.
+
+    With a vocabulary of tens of thousands, fp32 log-probabilities of every position are the largest
+    tensors of a step by far, and the backward pass wants several of them. So only the model's
+    16-bit logits are kept: a few rows at a time become fp32, and again in the backward pass. No row
+    depends on another, so the numbers are the same.
+
+    Args:
+        model: a causal language model, or the engine around it.
+        batch: what it reads.
+        temperature: divides its logits.
+        compare: from the fp32 log-probabilities [b, P, V] of rows ``rows`` to fp32 [b, P].
+
+    Returns:
+        fp32 [B, T] log-probabilities, and fp32 [B, T] of ``compare`` or None.
+    """
+    logits = position_logits(model, batch)
+    following = batch.input_ids[:, batch.first :, None]
+
+    def terms(some: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
+        rows = slice(start, start + some.shape[0])
+        logp = log_probabilities(some, temperature)
+        taken = logp.gather(-1, following[rows])[..., 0]
+        return (taken,) if compare is None else (taken, compare(logp, rows))
+
+    count = max(1, CHUNK_ELEMENTS // logits[0].numel())
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for i, some in enumerate(logits.split(count)):
+        if count >= logits.shape[0] or not torch.is_grad_enabled():
+            parts.append(terms(some, i * count))
+        else:
+            parts.append(
+                checkpoint(terms, some, i * count, use_reentrant=False, preserve_rng_state=False)
+            )
+    whole = [of_completion(torch.cat(part), batch) for part in zip(*parts, strict=True)]
+    return whole[0], whole[1] if compare is not None else None
+
+
+def position_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """[B, P, V] in the model's dtype: logits that predict positions ``batch.first`` and later."""
+    logits: torch.Tensor = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
@@ -155,15 +201,13 @@ def position_logp(model: Any, batch: Batch, temperature: float = 1.0) -> torch.T
         # Logits of the last prompt token predict the first completion token.
         logits_to_keep=batch.input_ids.shape[1] - batch.first + 1,
     ).logits[:, :-1]
+    return logits
+
+
+def log_probabilities(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """fp32 log-probabilities of ``logits / temperature`` along the last axis."""
     logits = logits.float()
-    # With a large vocabulary each copy is among the largest tensors of a step.
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-
-
-def of_tokens(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """From ``position_logp`` [B, P, V] those of the completion's tokens, [B, T]."""
-    following = logp.gather(-1, batch.input_ids[:, batch.first :, None])[..., 0]
-    return of_completion(following, batch)
 
 
 def of_completion(values: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 A checkpoint holds the fp32 master weights of the adapters, Adam's moments and a few counters: all
 that differs from step 0, since the base is frozen and every random number is a function of (seed,
-step, row). It does not depend on the ZeRO stage or the number of processes that wrote it.
+step, row). It does not depend on the ZeRO stage or the number of processes that wrote it, because
+the partitions are gathered first (``Engine.state``). DeepSpeed's own checkpoints hold partitions,
+which only the same number of processes can load. Whole ones cost little, since adapters are small.
 
 It is written into a hidden folder, flushed, listed with checksums in ``manifest.json`` and renamed
 into place. Whatever interrupts that leaves either no checkpoint or a whole one; one that is
@@ -75,6 +77,11 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if _folders(folder):
         warn(f"no intact checkpoint in {folder}; starting at step 0")
     return None
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is any below ``folder``, intact or not."""
+    return bool(_folders(folder))
 
 
 def _folders(folder: Path) -> list[Path]:

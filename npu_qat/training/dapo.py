@@ -39,10 +39,9 @@ from npu_qat.training.batches import (
     Sample,
     collate,
     completion_logp,
+    completion_terms,
     data_digest,
     micro_batches,
-    of_tokens,
-    position_logp,
 )
 from npu_qat.training.engine import TrainingError
 from npu_qat.training.rollout import Completion, SamplingParams
@@ -316,8 +315,9 @@ class Dapo:
         batches = self._batches(samples)
         for i, micro in enumerate(batches):
             batch = collate(micro, learner.pad_id, engine.device)
-            full = position_logp(engine.ds, batch, self.params.temperature)
-            logp = of_tokens(full, batch)
+            teacher, temperature = learner.teacher, self.params.temperature
+            compare = None if teacher is None else teacher.divergence(batch, temperature)
+            logp, divergence = completion_terms(engine.ds, batch, temperature, compare)
             old = logp.detach() if batch.old_logp is None else batch.old_logp
             assert batch.rollout_logp is not None
             weight = tis_weight(old, batch.rollout_logp, dapo.tis_cap) if dapo.tis else None
@@ -330,10 +330,9 @@ class Dapo:
                 clip_ratio_c=dapo.clip_ratio_c,
                 tis_weight=weight,
             )
-            if learner.teacher is not None:
-                divergence = learner.teacher.divergence(batch, full, self.params.temperature)
+            if teacher is not None and divergence is not None:
                 totals.add_divergence(divergence.detach(), batch)
-                losses = learner.teacher.mixed(losses, divergence)
+                losses = teacher.mixed(losses, divergence)
             loss = (losses * batch.mask).sum() / tokens
             learner.check_loss(loss, batch, step)
             totals.add(batch, losses.detach(), logp.detach(), old, weight, dapo)

@@ -15,11 +15,20 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch.nn import functional as F
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+# The attention of recorded steps, by its name in transformers.
+GROUPED = "npu_qat_one_token"
+# Modules whose hooks on a model do nothing without a gradient: DeepSpeed's engine starts its timers
+# and prepares for backward; checkpointing makes embeddings require a gradient. (ZeRO-3, whose hooks
+# gather weights, is another module and stays.)
+HOOKS_OF_TRAINING = ("deepspeed.runtime.engine", "transformers.modeling_utils")
 
 
 class RoomyLayer(DynamicLayer):
@@ -91,14 +100,21 @@ def can_record(model: Any, cache: Any) -> bool:
     """Whether decoding steps of ``model`` with ``cache`` may be a CUDA graph.
 
     The mask of a recorded step is one that PyTorch's attention takes, a sliding window moves, and
-    a replay runs no Python: whoever hooks into a forward pass gets plain steps.
+    a replay runs no Python: whoever hooks into a forward pass gets plain steps, but for hooks that
+    only serve a backward pass (HOOKS_OF_TRAINING).
     """
     return (
         next(model.parameters()).device.type == "cuda"
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        and not any(_needs_python(m) for m in model.modules())
         and model.config._attn_implementation == "sdpa"
         and all(isinstance(layer, RoomyLayer) for layer in cache.layers)
     )
+
+
+def _needs_python(module: Any) -> bool:
+    """Whether a hook of ``module`` must run in every forward pass."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) not in HOOKS_OF_TRAINING for hook in hooks)
 
 
 class RecordedStep:
@@ -109,10 +125,19 @@ class RecordedStep:
         cache: from ``roomy_cache``, with the prompt (and perhaps more) in it.
         mask: [B, filled], 1 where a token stands.
         position: [B, 1], positions of the tokens that come next.
+        finish: what is done with the logits [B, V], as part of the recording; what it reads must
+            stay where it is. Default: nothing.
     """
 
-    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, position: torch.Tensor) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        mask: torch.Tensor,
+        position: torch.Tensor,
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+    ) -> None:
+        self.model, self.cache, self.finish = model, cache, finish
         layer = cache.layers[0]
         self._slot = torch.full((1,), layer.filled, device=mask.device)
         self._mask = mask.new_zeros((len(mask), 1, 1, layer.capacity), dtype=torch.bool)
@@ -122,23 +147,19 @@ class RecordedStep:
         self._steps = 0
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] after ``token`` [B]; they are overwritten by the next call.
+        """``finish(logits)`` after ``token`` [B]; it is overwritten by the next call.
 
         The first call runs as usual: what kernels do on their first call (compile, choose an
         algorithm) cannot be recorded.
         """
         self._ids.copy_(token[:, None])
-        if self._steps > 0:
-            self._slot.add_(1)
-            self._position.add_(1)
         self._steps += 1
-        self._mask.index_fill_(3, self._slot, True)
         for layer in self.cache.layers:
             layer.filled += 1
         if self._steps == 2 and token.device.type == "cuda":
             self._record()
         if self._graph is None:
-            return self._forward()
+            return self._step()
         self._graph.replay()
         return self._recorded
 
@@ -148,7 +169,7 @@ class RecordedStep:
         gc.disable()  # what it frees (pinned memory, graphs) may call what a recording forbids
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._recorded = self._forward()
+                self._recorded = self._step()
         except RuntimeError as error:
             warnings.warn(
                 f"decoding goes on without a CUDA graph, several times slower: {_root(error)}",
@@ -160,11 +181,22 @@ class RecordedStep:
             if collects:
                 gc.enable()
 
+    def _step(self) -> torch.Tensor:
+        self._mask.index_fill_(3, self._slot, True)
+        out = self.finish(self._forward())
+        self._slot.add_(1)
+        self._position.add_(1)
+        return out
+
     def _forward(self) -> torch.Tensor:
         for layer in self.cache.layers:
             layer.slot = self._slot
+        config = self.model.config
+        before = config._attn_implementation
+        config._attn_implementation = GROUPED
         try:
-            out = self.model(
+            # Not by a call: DeepSpeed's hook on the model synchronises, which ends a recording.
+            out = self.model.forward(
                 input_ids=self._ids,
                 attention_mask=self._mask,
                 position_ids=self._position,
@@ -173,10 +205,34 @@ class RecordedStep:
                 logits_to_keep=1,
             )
         finally:
+            config._attn_implementation = before
             for layer in self.cache.layers:
                 layer.slot = None
         logits: torch.Tensor = out.logits[:, -1]
         return logits
+
+
+def _grouped_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one token: query [B, H, 1, D], key and value [B, H / g, S, D] -> [B, 1, H, D].
+
+    The g heads that share a key are g queries of it, so keys and values need not be repeated. (Some
+    versions of transformers copy them for each head.)
+    """
+    batch, heads, _, size = query.shape
+    grouped = query.view(batch, key.shape[1], -1, size)
+    y = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return y.reshape(batch, 1, heads, size), None
+
+
+AttentionInterface.register(GROUPED, _grouped_attention)
 
 
 def _root(error: BaseException) -> str:

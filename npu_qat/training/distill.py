@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from npu_qat.config import DistillSection
-from npu_qat.training.batches import Batch, of_completion, position_logp
+from npu_qat.training.batches import Batch, Compare, log_probabilities, position_logits
 
 
 class Teacher:
@@ -38,24 +38,27 @@ class Teacher:
             parameter.requires_grad_(False)
         self.weight, self.temperature = section.weight, section.temperature
 
-    def divergence(
-        self, batch: Batch, student_logp: torch.Tensor, temperature: float = 1.0
-    ) -> torch.Tensor:
-        """fp32 [B, T]: ``tau^2 KL(teacher || student)`` at each completion token.
+    def divergence(self, batch: Batch, temperature: float = 1.0) -> Compare:
+        """``tau^2 KL(teacher || student)`` at each position, for ``completion_terms``.
+
+        The teacher reads the batch now; its logits are kept in 16 bits.
 
         Args:
             batch: what both models read.
-            student_logp: fp32 [B, P, V] of ``position_logp(student, batch, temperature)``.
-            temperature: by which the student's logits were divided.
+            temperature: by which the student's logits are divided.
         """
         with torch.no_grad():
-            teacher = position_logp(self.model, batch, self.temperature)
-        student = student_logp
-        if temperature != self.temperature:
-            # Log-probabilities are logits up to a constant, which the softmax takes away.
-            student = torch.log_softmax(student * (temperature / self.temperature), dim=-1)
-        divergence = (teacher.exp() * (teacher - student)).sum(-1)
-        return of_completion(divergence, batch) * self.temperature**2
+            logits = position_logits(self.model, batch)
+
+        def compare(student: torch.Tensor, rows: slice) -> torch.Tensor:
+            with torch.no_grad():
+                teacher = log_probabilities(logits[rows], self.temperature)
+            if temperature != self.temperature:
+                # Log-probabilities are logits up to a constant, which the softmax takes away.
+                student = torch.log_softmax(student * (temperature / self.temperature), dim=-1)
+            return (teacher.exp() * (teacher - student)).sum(-1) * self.temperature**2
+
+        return compare
 
     def mixed(self, task_losses: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
         """The loss of each token [B, T]: task and distillation by the configured weight."""

@@ -41,6 +41,8 @@ from npu_qat.training.accelerators import (
     resolve_stage,
     zero_settings,
 )
+from npu_qat.training.network import name_interface, reach
+from npu_qat.training.peers import stop_watching, watch_peers
 
 # Keys of the DeepSpeed configuration that this program decides.
 _RESERVED = {
@@ -57,6 +59,8 @@ _RESERVED = {
 }
 
 
+# Seconds that rank 0 may start later than the others.
+RENDEZVOUS_PATIENCE = 300.0
 # Lifts gradients of 1e-8, which LoRA sees early on, into fp16's normal range.
 FP16_LOSS_SCALE = 1024.0
 
@@ -99,16 +103,29 @@ def launch_environment(device: torch.device) -> None:
     check_accelerator(device.type)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(int(os.environ["LOCAL_RANK"]))
+    name_interface(device.type)
+    _check_rendezvous()
     backend = COLLECTIVES[device.type]
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    watch_peers()
     for name in filled_in:
         del os.environ[name]
     atexit.register(_leave)
 
 
+def _check_rendezvous() -> None:
+    """Raise ``ValueError`` if rank 0's machine cannot be reached: the library's own attempt would
+    take half an hour and name a socket."""
+    if os.environ["RANK"] != "0":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if problem := reach(address, port, RENDEZVOUS_PATIENCE):
+            raise ValueError(problem)
+
+
 def shut_down() -> None:
     """Leave the process group; a missing call can abort other ranks at exit.
 
+    After a failure on any rank the group stays as it is: taking it down may wait for the lost one.
     A group of one stays until the process ends: DeepSpeed keeps references to it, and a program may
     carry out several runs.
     """
@@ -117,7 +134,7 @@ def shut_down() -> None:
 
 
 def _leave() -> None:
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and stop_watching():
         torch.distributed.destroy_process_group()
 
 
@@ -300,10 +317,21 @@ class Engine:
 
         At ZeRO stage 3 the partitioned parameters are gathered once for the whole rollout, and
         DeepSpeed's per-module hooks, which would fetch and free them again for each token, are
-        taken off meanwhile.
+        taken off meanwhile. So are, at every stage, the two that it puts on the whole model to time
+        its own forward pass: a model with hooks cannot be recorded as a CUDA graph (decode.py).
         """
-        with self.evaluation_mode(), self.gathered():
+        with self.evaluation_mode(), self.gathered(), self._root_hooks_off():
             yield self.model
+
+    @contextmanager
+    def _root_hooks_off(self) -> Iterator[None]:
+        self.ds.module_forward_pre_hook.remove()
+        self.ds.module_forward_post_hook.remove()
+        try:
+            yield
+        finally:
+            self.ds.module_forward_pre_hook = self.ds._create_module_forward_pre_hook()
+            self.ds.module_forward_post_hook = self.ds._create_module_forward_post_hook()
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:

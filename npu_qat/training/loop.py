@@ -21,16 +21,18 @@ from npu_qat.config import RunConfig, TrainConfig
 from npu_qat.layers import QuantizedModel
 from npu_qat.layers.base_model import answer_ids, prompt_ids
 from npu_qat.noise import AQN
+from npu_qat.noise.evidence import as_row
 from npu_qat.tasks import Problem, Task
 from npu_qat.training.bad_module import first_bad_module
 from npu_qat.training.batches import Batch
-from npu_qat.training.checkpoint import Checkpoint, load_newest, save_checkpoint
+from npu_qat.training.checkpoint import Checkpoint, save_checkpoint
 from npu_qat.training.dapo import Dapo, Group
 from npu_qat.training.distill import Teacher
 from npu_qat.training.engine import Engine, TrainingError
 from npu_qat.training.rundir import METRICS, SAMPLES, RunDirectory
 from npu_qat.training.samplers import ModuleSampler, Sampler
 from npu_qat.training.sft import Sft
+from npu_qat.training.sharing import load_newest_for_all
 
 # Completions a step that are kept for reading.
 SAMPLES_A_STEP = 2
@@ -209,7 +211,7 @@ class Learner:
         self.engine.keep_first_gradients(counters["first_gradients"])
 
     def _resume(self) -> int:
-        checkpoint = load_newest(self.checkpoints, self.say)
+        checkpoint = load_newest_for_all(self.checkpoints, self.say, self.engine.device)
         step = 0 if checkpoint is None else checkpoint.step
         if checkpoint is not None:
             self._load_counters(checkpoint.counters)
@@ -229,7 +231,7 @@ class Learner:
     def check_stop(self) -> None:
         """Abandon a rollout if the user asked to stop. With several processes the rollout goes on,
         because all of them must stop at the same place: after the step."""
-        if self.engine.world_size == 1 and self.should_stop():
+        if self.should_stop() and self.engine.world_size == 1:
             raise _StopNow
 
     # --- what steps need --------------------------------------------------------------------
@@ -282,22 +284,9 @@ class Learner:
             yield {"sigma": 0.0, "norms_changed": 0, "sigma_realized": 0.0}
             return
         with self.aqn.applied(step, phase) as record:
-            metrics = {
-                "sigma": record.sigma,
-                "norms_changed": record.norms_changed,
-                "sigma_realized": record.sigma_realized,
-            }
-            self.noise_records.append(
-                {
-                    "step": step + 1,
-                    "phase": phase,
-                    **metrics,
-                    "norms_expected": record.norms_expected,
-                    "rms_realized": record.rms_realized,
-                    "inert": record.inert,
-                }
-            )
-            yield metrics
+            row = as_row(record)
+            self.noise_records.append(row)
+            yield {key: row[key] for key in ("sigma", "norms_changed", "sigma_realized")}
 
     def optimizer_step(self, step: int) -> float:
         """Finish an update; returns the gradient norm."""

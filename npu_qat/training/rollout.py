@@ -12,7 +12,8 @@ the batch (``decode`` has what makes a step cheap). Two properties matter more t
   distribution it was sampled from (temperature included, before nucleus truncation), recorded at
   sampling time. The trainer compares it with its own.
 
-Shapes: B rows, P prompt tokens (padded), T completion tokens, V vocabulary.
+Shapes: B rows, P prompt tokens (padded), T completion tokens, V vocabulary, C chunks of K tokens
+of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from npu_qat.training.decode import RecordedStep, can_record, roomy_cache
 from npu_qat.training.engine import TrainingError
@@ -31,6 +33,8 @@ from npu_qat.training.engine import TrainingError
 # costs less than the rows save. A recorded step must be recorded anew, which takes two steps' time.
 COMPACT_BELOW = 0.75
 COMPACT_RECORDED_BELOW = 0.5
+# Tokens whose probabilities are summed up first when one is drawn.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,11 @@ class _Batch:
         self.cache = roomy_cache(model.config, width + max_new_tokens)
         self.records = can_record(model, self.cache)
         self.recorded: RecordedStep | None = None
-        self.eos = torch.tensor(list(eos_ids), device=self.device)
+        # The random numbers [B, T] of the rows, and those of this step, at one address.
+        self.uniforms = torch.empty(0)
+        self.u: torch.Tensor | None = None
+        self.params: SamplingParams
+        self.eos = torch.tensor(list(eos_ids))
         self.rows = torch.arange(len(prompts))
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logp: list[list[float]] = [[] for _ in prompts]
@@ -140,34 +148,39 @@ class _Batch:
     ) -> list[Completion]:
         steps_token, steps_logp, steps_rows = [], [], []
         finished = torch.zeros(len(self.tokens), dtype=torch.bool)
-        done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        done = torch.zeros(len(self.rows), dtype=torch.bool)
+        self.params = params
+        if uniforms is not None:
+            self.uniforms = uniforms.to(self.device)
+            self.u = self.uniforms[:, 0].clone()
         for t in range(params.max_new_tokens):
             stop()
-            logits = self._forward()
-            u = None if uniforms is None else uniforms[self.rows, t].to(self.device)
-            token, logp = draw(logits, params, u)
+            if self.u is not None:
+                self.u.copy_(self.uniforms[:, t])
+            picked = self._forward()
             # One transfer a token: everything that Python needs to know about this step.
-            steps_token.append(token.cpu())
-            steps_logp.append(logp.cpu())
+            token, logp = picked.cpu()
+            steps_token.append(token.long())
+            steps_logp.append(logp.float())
             steps_rows.append(self.rows)
-            done = done | torch.isin(token, self.eos)
-            done_here = done.cpu()
-            finished[self.rows[done_here]] = True
-            if done_here.all():
+            done = done | torch.isin(steps_token[-1], self.eos)
+            finished[self.rows[done]] = True
+            if done.all():
                 break
-            self._append(token)
+            self._append(picked[0].long())
             below = COMPACT_RECORDED_BELOW if self.records else COMPACT_BELOW
-            if (~done_here).float().mean() <= below:
-                self._keep(~done_here)
+            if (~done).float().mean() <= below:
+                self._keep(~done)
                 done = done[~done]
         return self._collect(steps_token, steps_logp, steps_rows, finished)
 
     def _forward(self) -> torch.Tensor:
+        """Token and log-probability of each row, fp64 [2, B], which holds both exactly."""
         filled = self.length - self.ids.shape[1]
         if self.records and filled > 0:
             if self.recorded is None:
                 self.recorded = RecordedStep(
-                    self.model, self.cache, self.mask[:, :filled], self.position
+                    self.model, self.cache, self.mask[:, :filled], self.position, self._pick
                 )
             return self.recorded(self.ids[:, 0])
         out = self.model(
@@ -178,7 +191,11 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        return out.logits[:, -1]
+        return self._pick(out.logits[:, -1])
+
+    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
+        token, logp = draw(logits, self.params, self.u)
+        return torch.stack((token.double(), logp.double()))
 
     def _append(self, token: torch.Tensor) -> None:
         self.ids = token[:, None]
@@ -193,6 +210,9 @@ class _Batch:
         self.position = self.position[on_device]
         self.cache.batch_select_indices(on_device)
         self.rows = self.rows[index]
+        if self.u is not None:
+            self.uniforms = self.uniforms[on_device]
+            self.u = self.u[on_device]
 
     def _collect(
         self,
@@ -244,10 +264,27 @@ def draw(
 
 
 def _invert(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Index [B] at which the cumulative sum of ``p`` [B, V] passes ``u`` times its total."""
-    cumulative = p.double().cumsum(-1)
-    target = (u * cumulative[:, -1])[:, None]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    """Index [B] at which the cumulative sum of ``p`` [B, V] passes ``u`` times its total.
+
+    In two steps, first over sums of CHUNK numbers and then inside one chunk: a GPU sums up a row of
+    a large vocabulary one number after another, which would take longer than the model's head.
+    """
+    p_BCK = F.pad(p, (0, -p.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    sums = p_BCK.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = (u * ends[:, -1])[:, None]
     # A uniform that rounds up to the total would fall off the end, onto a token of mass zero.
-    last = (p > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(index, last)
+    chunk = torch.minimum(torch.searchsorted(ends, target, right=True), _last_positive(sums))
+    before = torch.where(chunk > 0, ends.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    inside = p_BCK.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK))[:, 0]
+    cumulative = inside.cumsum(-1, dtype=torch.float64) + before
+    place = torch.minimum(
+        torch.searchsorted(cumulative, target, right=True), _last_positive(inside)
+    )
+    return (chunk * CHUNK + place)[:, 0]
+
+
+def _last_positive(x: torch.Tensor) -> torch.Tensor:
+    """Index [B, 1] of the last number of ``x`` [B, N] above zero."""
+    place = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(x > 0, place, 0).amax(-1, keepdim=True)

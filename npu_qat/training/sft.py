@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from npu_qat.training.batches import (
     Sample,
     collate,
+    completion_terms,
     data_digest,
     micro_batches,
-    of_tokens,
-    position_logp,
 )
 
 if TYPE_CHECKING:
@@ -60,10 +59,10 @@ class Sft:
         with learner.phase("training"), learner.noise(step, "training") as noise:
             for i, micro in enumerate(batches):
                 batch = collate(micro, learner.pad_id, engine.device)
-                logp = position_logp(engine.ds, batch)
-                losses = -of_tokens(logp, batch)
-                if teacher is not None:
-                    divergence = teacher.divergence(batch, logp)
+                compare = None if teacher is None else teacher.divergence(batch)
+                logp, divergence = completion_terms(engine.ds, batch, compare=compare)
+                losses = -logp
+                if teacher is not None and divergence is not None:
                     divergences += float((divergence.detach() * batch.mask).sum()) / tokens
                     losses = teacher.mixed(losses, divergence)
                 loss = (losses * batch.mask).sum() / tokens

@@ -188,3 +188,43 @@ def test_the_installation_can_be_looked_at_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def without_anything(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A machine without devices, driver, CANN and torch-npu."""
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    def version(name: str) -> str:
+        raise ascend.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(ascend, "DEVICES", folder)
+    monkeypatch.setattr(ascend, "ASCEND", folder / "Ascend")
+    monkeypatch.setattr(ascend.ctypes, "CDLL", load)
+    monkeypatch.setattr(ascend.metadata, "version", version)
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+
+
+def test_a_run_that_needs_an_npu_hears_of_all_that_is_missing_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_anything(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="an NPU is asked for") as error:
+        ascend.require_npu()
+    missing = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
+    assert [line[4:].split(" ")[0].rstrip(":") for line in missing] == [
+        *("a", "torch-npu", "CANN", "the")
+    ]
+    assert f"{tmp_path}/davinci0" in missing[0] and "set_env.sh" in missing[2]
+    assert "--device cpu" in str(error.value)
+
+
+def test_a_machine_with_all_of_it_may_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_anything(monkeypatch, tmp_path)
+    (tmp_path / "davinci0").touch()
+    monkeypatch.setattr(ascend.ctypes, "CDLL", lambda name: None)
+    with pytest.raises(ValueError, match="torch-npu:"):
+        ascend.require_npu()
+    monkeypatch.setattr(ascend.metadata, "version", lambda name: "2.10.0.post4")
+    ascend.require_npu()  # the driver's version is not needed, only told where something else is

@@ -11,6 +11,7 @@ from rich.console import Console
 from npu_qat.cli import dry_run, main
 from npu_qat.cli.dry_run import Plan, build_plan, changed_fraction, print_plan
 from npu_qat.config import NoiseConfig, load_config, preset_names
+from npu_qat.planning.model import ARCHITECTURES
 
 QWEN = 1_543_714_304  # parameters of Qwen2.5-1.5B, tied embeddings counted once
 
@@ -208,7 +209,7 @@ def test_what_the_run_would_refuse_is_refused(override: str, message: str) -> No
 
 
 def test_a_local_folder_is_read(tmp_path: Path) -> None:
-    shipped = dry_run.ARCHITECTURES / "Qwen--Qwen2.5-1.5B-Instruct.json"
+    shipped = ARCHITECTURES / "Qwen--Qwen2.5-1.5B-Instruct.json"
     (tmp_path / "config.json").write_text(shipped.read_text())
     plan = plan_of("log-e7a", f"model.path={tmp_path}")
     assert plan.parameters == QWEN and plan.source == f"from {tmp_path}"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from npu_qat.config import ModelConfig, RunConfig
 from npu_qat.deploy import PackedCore, open_checkpoint
 from npu_qat.deploy.core import fingerprint_of
+from npu_qat.experiments import heartbeat
 from npu_qat.experiments import run as module
 from npu_qat.layers import AuditError
 from npu_qat.layers.audit import Check
@@ -44,12 +45,15 @@ def read(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with all arms."""
+    """A finished run with all arms, and beside it its heartbeat."""
     folder = tmp_path_factory.mktemp("done") / "run"
     config = configuration(
         model, evaluation={"problems": 8, "baselines": ["bf16", "ptq", "bf16_lora"], "every": 2}
     )
-    carry_out(config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(heartbeat.VARIABLE, str(folder.parent / "heartbeat"))
+        patch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.0)
+        carry_out(config, folder)
     (folder.parent / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -117,6 +121,12 @@ def test_the_saved_adapter_is_the_16_bit_image_of_the_masters(done: Path) -> Non
             master = state[name.replace(".weight", ".default.weight")]
             assert master.dtype == torch.float32
             assert torch.equal(tensor, master.bfloat16())
+
+
+def test_a_run_shows_that_it_is_alive_in_its_evaluations_too(done: Path) -> None:
+    """A trained adapter is saved after the last step and before its evaluations."""
+    saved = max(path.stat().st_mtime for path in (done / "adapters").rglob("*.safetensors"))
+    assert (done.parent / "heartbeat").stat().st_mtime > saved
 
 
 def test_a_second_run_into_the_same_folder_is_refused(done: Path) -> None:

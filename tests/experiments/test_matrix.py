@@ -77,6 +77,7 @@ def test_a_digest_outlives_a_new_key_with_its_default(tmp_path: Path) -> None:
         (("arms: {noisy: 1, plain: -1}", "arms: {noisy: 1, plain: 1}"), "sum to zero"),
         (("train.lr: 1e-4", "train.learning_rate: 1e-4"), "learning_rate"),
         (("title: Start,", "title: Start, titel: x,"), "titel"),
+        (("seeds: [0, 1, 2]", "seeds: [0, 1, 2]\ncurve_arms: [plain, lost]"), "no arm 'lost'"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(

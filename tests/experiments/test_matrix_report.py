@@ -192,6 +192,15 @@ def test_committed_results_add_up(name: str) -> None:
                 assert math.exp(rate) == pytest.approx(mean, rel=1e-4)
 
 
+def test_only_the_arms_that_the_file_names_are_drawn(matrix: Matrix, tmp_path: Path) -> None:
+    fill(matrix, tmp_path / "r")
+    every = report_files(matrix, tmp_path / "r")["curves.svg"]
+    chosen = matrix.model_copy(update={"curve_arms": ("plain",)})
+    files = report_files(chosen, tmp_path / "r")
+    assert every.count("<polyline") > 1 and files["curves.svg"].count("<polyline") == 1
+    assert "Some of the arms" in files["report.md"]
+
+
 def test_a_page_that_was_edited_is_stale(tmp_path: Path) -> None:
     name = committed()[0]
     target = tmp_path / name / "cells"

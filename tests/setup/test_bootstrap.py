@@ -215,6 +215,18 @@ def test_a_complete_environment_is_left_alone(
     assert any("torch==2.10.0+cpu" in command for command in fake.commands)
 
 
+def test_no_extras_are_none(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An image that only trains has no development tools."""
+    fake = FakeInstaller()
+    fake.patch(bootstrap, monkeypatch)
+    monkeypatch.setenv("TORCH_VARIANT", "cpu")
+    assert bootstrap.main(["--venv", str(tmp_path / "venv"), "--extras", ""]) == 0
+    (command,) = fake.matching("--editable")
+    assert command[command.index("--editable") + 1] == str(ROOT)
+
+
 def test_an_environment_that_failed_has_no_stamp(
     bootstrap: ModuleType,
     monkeypatch: pytest.MonkeyPatch,

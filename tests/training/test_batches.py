@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npu_qat.training.batches import Sample, collate, completion_logp, micro_batches
+from npu_qat.config import DistillSection
+from npu_qat.training import batches
+from npu_qat.training.batches import (
+    Sample,
+    collate,
+    completion_logp,
+    completion_terms,
+    micro_batches,
+)
+from npu_qat.training.distill import Teacher
 from tests.training.tiny import tiny_model, tiny_samples
 
 CPU = torch.device("cpu")
@@ -98,3 +107,46 @@ def test_log_probabilities_of_a_bf16_model_are_normalised_in_fp32() -> None:
     model, samples = tiny_model(dtype=torch.bfloat16), tiny_samples(3)
     with torch.no_grad():
         assert completion_logp(model, collate(samples, 0, CPU)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_rows_at_a_time_give_the_same_numbers_and_gradients(
+    with_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: no row's loss depends on another's."""
+    batch = collate(tiny_samples(7), 0, CPU)
+    teacher = Teacher(tiny_model(seed=3, dtype=torch.bfloat16), DistillSection(weight=0.5))
+
+    def terms(elements: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(batches, "CHUNK_ELEMENTS", elements)
+        model = tiny_model(dtype=torch.bfloat16)
+        compare = teacher.divergence(batch) if with_teacher else None
+        logp, divergence = completion_terms(model, batch, 0.7, compare)
+        loss = ((logp if divergence is None else logp + divergence) * batch.mask).sum()
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients
+        return [logp, *([] if divergence is None else [divergence]), *gradients]
+
+    whole, pieces = terms(2**25), terms(1)
+    assert len(whole) == len(pieces)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+def test_of_the_log_probabilities_only_16_bit_logits_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What autograd keeps that has the vocabulary's size, with a chunk of one row."""
+    batch, model = collate(tiny_samples(7), 0, CPU), tiny_model(dtype=torch.bfloat16)
+    monkeypatch.setattr(batches, "CHUNK_ELEMENTS", 1)
+    size = model.config.vocab_size
+    kept: list[torch.dtype] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 3 and tensor.shape[-1] == size:
+            kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        completion_terms(model, batch)
+    assert torch.float32 not in kept

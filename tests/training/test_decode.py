@@ -108,6 +108,31 @@ def test_a_model_that_someone_hooks_into_is_not_recorded(monkeypatch: pytest.Mon
     assert can_record(model, cache)
 
 
+@torch.no_grad()
+def test_hooks_that_serve_training_neither_prevent_a_recording_nor_run_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's synchronises, which a recording forbids; rollouts of a run had no graph."""
+    model = tiny_model()
+    cache = roomy_cache(model.config, 12)
+    forward(model, IDS, MASK, cache)
+
+    def of_deepspeed(*args: object) -> None:
+        raise AssertionError("called while recording")
+
+    of_deepspeed.__module__ = "deepspeed.runtime.engine"
+    model.register_forward_pre_hook(of_deepspeed)
+    model.enable_input_require_grads()
+    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "parameters", lambda: iter([gpu]))
+        assert can_record(model, cache)
+        of_deepspeed.__module__ = "deepspeed.runtime.zero.parameter_offload"
+        assert not can_record(model, cache)
+    step = RecordedStep(model, cache, MASK, MASK.sum(-1, keepdim=True))
+    assert torch.isfinite(step(IDS[:, -1])).all()
+
+
 def test_layers_with_a_sliding_window_stay_what_they_are() -> None:
     config = tiny_model().config
     config.layer_types = ["sliding_attention", *config.layer_types[1:]]

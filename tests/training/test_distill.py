@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from npu_qat.config import DistillSection
-from npu_qat.training.batches import collate, position_logp
+from npu_qat.training.batches import Batch, collate, completion_terms
 from npu_qat.training.distill import Teacher
 from tests.training.tiny import tiny_model, tiny_samples
 
@@ -17,6 +17,12 @@ CPU = torch.device("cpu")
 
 def logits_of(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([tokens])).logits[0].double()
+
+
+def divergence_of(teacher: Teacher, student: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    _, divergence = completion_terms(student, batch, compare=teacher.divergence(batch))
+    assert divergence is not None
+    return divergence
 
 
 @pytest.mark.parametrize(("tau", "temperature"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.7), (2.0, 0.7)])
@@ -29,7 +35,9 @@ def test_the_divergence_is_token_by_token_and_of_unpadded_rows(
     samples = tiny_samples(5)
     batch = collate(samples, 0, CPU)
     with torch.no_grad():
-        found = teacher.divergence(batch, position_logp(student, batch, temperature), temperature)
+        compare = teacher.divergence(batch, temperature)
+        _, found = completion_terms(student, batch, temperature, compare)
+        assert found is not None
         for row, sample in zip(found, samples, strict=True):
             tokens, start = sample.prompt + sample.completion, len(sample.prompt) - 1
             p = (logits_of(teacher_model, tokens) / tau).log_softmax(-1)[start:-1]
@@ -43,9 +51,8 @@ def test_the_divergence_is_token_by_token_and_of_unpadded_rows(
 def test_a_student_that_is_its_teacher_has_no_divergence() -> None:
     model = tiny_model()
     batch = collate(tiny_samples(3), 0, CPU)
-    divergence = Teacher(model, DistillSection(weight=1.0)).divergence(
-        batch, position_logp(model, batch)
-    )
+    teacher = Teacher(model, DistillSection(weight=1.0))
+    divergence = divergence_of(teacher, model, batch)
     assert divergence.abs().max() < 1e-5
 
 
@@ -53,7 +60,7 @@ def test_the_teacher_is_frozen_and_gets_no_gradient() -> None:
     teacher_model, student = tiny_model(seed=1), tiny_model(seed=2)
     teacher = Teacher(teacher_model, DistillSection(weight=1.0))
     batch = collate(tiny_samples(3), 0, CPU)
-    teacher.divergence(batch, position_logp(student, batch)).sum().backward()
+    divergence_of(teacher, student, batch).sum().backward()
     assert all(not p.requires_grad and p.grad is None for p in teacher_model.parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
 
@@ -71,7 +78,7 @@ def test_following_the_divergence_leads_to_the_teacher() -> None:
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     values = []
     for _ in range(30):
-        divergence = teacher.divergence(batch, position_logp(student, batch))
+        divergence = divergence_of(teacher, student, batch)
         loss = (divergence * batch.mask).sum() / batch.mask.sum()
         values.append(loss.item())
         optimizer.zero_grad()

@@ -207,6 +207,24 @@ def test_generation_sees_the_module_in_evaluation_mode_and_puts_it_back() -> Non
     assert engine.model.training
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_generation_sees_a_model_without_hooks_and_training_gets_them_back(stage: int) -> None:
+    """A model with hooks is decoded without CUDA graphs, several times slower."""
+    engine = Engine(Small(), TrainConfig(), DeepSpeedSection(zero_stage=stage))
+
+    def hooks() -> int:
+        return sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in engine.model.modules()
+        )
+
+    before = hooks()
+    assert before >= 2
+    with engine.for_generation():
+        assert hooks() == 0
+    # At stage 3 the hook that resets DeepSpeed's trace stays off: the trace was invalidated.
+    assert hooks() == (before if stage < 3 else before - 1)
+
+
 # --- configuration --------------------------------------------------------------------------
 
 

@@ -147,9 +147,9 @@ def test_finished_rows_may_leave_at_any_time(
     forward = rollout._Batch._forward
 
     def watch(self: rollout._Batch) -> torch.Tensor:
-        logits = forward(self)
-        widths.append(len(logits))
-        return logits
+        picked = forward(self)
+        widths.append(picked.shape[1])
+        return picked
 
     monkeypatch.setattr(rollout._Batch, "_forward", watch)
     monkeypatch.setattr(rollout, "COMPACT_BELOW", threshold)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npu_qat import numerics
-from npu_qat.backends.base import PackedWeight
-from npu_qat.backends.cuda import elementwise, matmul, ops, producers
+from npu_qat.backends.base import BackendUnavailable, EncodedInput, FusedBackend, PackedWeight
+from npu_qat.backends.cuda import elementwise, fp8, matmul, ops, producers
 from npu_qat.backends.cuda.launch import interpreted
 from npu_qat.numerics import QuantizedTensor, get_profile
 from npu_qat.numerics.codec import INPUT_DTYPES
@@ -156,6 +156,31 @@ class CudaBackend:
             y = F.linear(x, self.dequantize(weight, x.dtype), bias)
         return y if out_dtype is None else y.to(out_dtype)
 
+    # --- rotation before quantising (layers/rotation.py) ---------------------------------------
+
+    def rotates(self, x: Tensor, profile: str) -> bool:
+        """Whether ``quantize_rotated`` and ``rotate`` take ``x``; profiles without tensor scale."""
+        p = get_profile(profile)
+        return (
+            _on_device(x)
+            and x.dtype in INPUT_DTYPES
+            and x.shape[-1] % 32 == 0
+            and not (p.level0_block or p.tensor_scale or p.nan == "error")
+            and not ops.traced(x)
+        )
+
+    def quantize_rotated(self, x: Tensor, profile: str, factor: float) -> Tensor:
+        """``fake_quant`` of blocks of 32 along the last axis that are rotated in the same pass."""
+        return self.fake_quant(x, profile, rotation=factor)
+
+    def rotate(self, x: Tensor, factor: float) -> Tensor:
+        """``layers.rotation.rotate_blocks``, in one pass."""
+        return elementwise.rotate(x, factor)
+
+    def fused(self) -> FusedBackend:
+        """As ``FusedOnRequest.fused``: products on FP8 tensor cores."""
+        return Fp8Backend()
+
     # --- producers of a linear's input (layers/fusion.py) --------------------------------------
 
     def fuses(self, x: Tensor, profile: str | None, *, row: bool) -> bool:
@@ -220,6 +245,71 @@ class CudaBackend:
         call: Any = ops.silu_mul_backward if ops.traced(gate) else producers.silu_mul_backward
         d_gate, d_up = call(grad_y, grad_q, gate, up, slope)
         return d_gate, d_up
+
+
+class Fp8Backend(CudaBackend):
+    """The same with a matmul of codes, which ``fp8`` describes: a ``FusedBackend``."""
+
+    def check_fused(
+        self, weight_profile: str, activation_profile: str, in_features: int, out_features: int
+    ) -> None:
+        """As ``FusedBackend.check_fused``: MXFP4 on GPUs with FP8 tensor cores."""
+        if not interpreted() and torch.cuda.get_device_capability() < fp8.CAPABILITY:
+            raise BackendUnavailable(
+                "this GPU has no FP8 tensor cores (compute capability 8.9 or newer)"
+            )
+        for name in (weight_profile, activation_profile):
+            if not fp8.holds(get_profile(name)):
+                raise BackendUnavailable(
+                    f"numbers of profile {name!r} do not fit into FP8: one mantissa bit and powers "
+                    "of two as scales (MXFP4 of one level) do"
+                )
+        if not fp8.encodes(get_profile(activation_profile)):
+            raise BackendUnavailable(
+                f"profile {activation_profile!r} is one for weights; inputs need another"
+            )
+        if in_features % 32 or out_features % 16:
+            raise BackendUnavailable(
+                "the FP8 matmul takes a multiple of 32 inputs and a multiple of 16 outputs, not "
+                f"{in_features} and {out_features}"
+            )
+
+    def encode_input(self, x: Tensor, profile: str) -> EncodedInput:
+        """E5M2 bytes and row scales; for few rows the numbers themselves, in 16 bits."""
+        if x.dtype != torch.bfloat16:
+            raise BackendUnavailable(
+                f"the FP8 matmul returns bf16, not {x.dtype}: set model.dtype: bf16, or "
+                "quant.matmul: auto"
+            )
+        if matmul.few_rows(x):
+            values, scales = self.fake_quant(x.detach(), profile), x.new_empty(0)
+            return EncodedInput(values, scales, x.shape, x.dtype, profile)
+        codes, scales = fp8.encode_rows(x.detach(), get_profile(profile))
+        return EncodedInput(codes, scales, x.shape, x.dtype, profile)
+
+    def decode_input(self, encoded: EncodedInput) -> Tensor:
+        if encoded.codes.dtype == encoded.dtype:
+            return encoded.codes
+        values = (encoded.codes.float() * encoded.scales).to(encoded.dtype)
+        return values.view(encoded.shape)
+
+    def prepare_weight(self, weight: PackedWeight) -> object:
+        """The scales of its rows; the bytes stay packed. ValueError: a row spans too much."""
+        return fp8.prepare_weight(weight, self.dequantize(weight, torch.float32))
+
+    def fused_linear(
+        self,
+        x: EncodedInput,
+        weight: object,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``x W^T + b``: exact products, added up by FP8 tensor cores; few rows in fp32."""
+        assert isinstance(weight, fp8.Fp8Weight)
+        if x.codes.dtype == x.dtype:
+            return self.linear(x.codes, weight.packed, bias, out_dtype=out_dtype)
+        y = fp8.linear(x.codes, x.scales, weight, bias, out_dtype or x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _on_device(x: Tensor) -> bool:

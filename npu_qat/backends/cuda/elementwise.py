@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npu_qat.backends.cuda import kernels
-from npu_qat.backends.cuda.launch import INT32_LIMIT, CachedLaunch, launch
+from npu_qat.backends.cuda.launch import INT32_LIMIT, CachedLaunch, interpreted, launch
 from npu_qat.backends.cuda.tiles import GIVEN_RULES, Numerics, numerics_of
 from npu_qat.numerics import scales
 from npu_qat.numerics.profiles import Profile
@@ -17,7 +17,11 @@ from npu_qat.numerics.profiles import Profile
 # Elements of a tile (fake-quant; codes) and warps of a program. Of 18 settings that were measured
 # for fake-quant on an H100, this one is within 1 % of the best at every shape.
 TILE_ELEMENTS, CODES_ELEMENTS, WARPS = 4096, 2048, 8
+# Blocks that a program unpacks, and its warps.
+UNPACK_TILE, UNPACK_WARPS = 128, 4
 
+_unpacks: dict[int, CachedLaunch] = {}
+_rotations: dict[tuple[torch.dtype, int, float, bool], CachedLaunch] = {}
 _flat_launches: dict[tuple[str, torch.dtype, int, bool, float], CachedLaunch] = {}
 _flat_decodes: dict[tuple[str, torch.dtype, int, bool, bool], CachedLaunch] = {}
 
@@ -92,6 +96,26 @@ def _fake_quant_flat(
     cached((-(-blocks // tile), 1, 1), (x, out, None, scale, blocks, 1, 1, 1, 1, 1), device)
 
 
+def rotate(x: Tensor, factor: float) -> Tensor:
+    """``layers.rotation.rotate_blocks`` of ``x`` [.., K], K a multiple of 32: contiguous."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    device, wide = x.device.index or 0, x.data_ptr() % 16 == 0
+    key = (x.dtype, device, factor, wide)
+    cached = _rotations.get(key)
+    tile = TILE_ELEMENTS // 32
+    if cached is None:
+        constants = {"FACTOR": factor, "TILE": tile}
+        cached = _rotations[key] = CachedLaunch(
+            kernels.rotate_kernel, constants, cached=wide, num_warps=WARPS
+        )
+    blocks = x.numel() // 32
+    cached((-(-blocks // tile), 1, 1), (x, out, blocks), device)
+    return out
+
+
 def quantize(
     x: Tensor,
     profile: Profile,
@@ -161,7 +185,11 @@ def dequantize(
     )
     args = (codes, scale_bytes, tensor_scale, level0_scales, out)
     if flat:
-        _dequantize_flat(args, profile, packed)
+        table = packed and dtype == torch.bfloat16 and not interpreted()
+        if table and profile.block_size == 32 and numerics_of(profile).e8m0:
+            _unpack(codes, scale_bytes, out)
+        else:
+            _dequantize_flat(args, profile, packed)
         return out
     view = BlockedView(out, axis, profile.block_size)
     view.flat = view.flat and level0_scales is None
@@ -175,6 +203,19 @@ def dequantize(
         num_warps=WARPS,
     )
     return out
+
+
+def _unpack(packed: Tensor, scale_bytes: Tensor, out: Tensor) -> None:
+    """bf16 ``out`` of packed MXFP4 blocks, by the kernel that looks magnitudes up."""
+    device = out.device.index or 0
+    launch_unpack = _unpacks.get(device)
+    if launch_unpack is None:
+        launch_unpack = _unpacks[device] = CachedLaunch(
+            kernels.unpack_kernel, {"TILE": UNPACK_TILE, "HALF": 16}, num_warps=UNPACK_WARPS
+        )
+    blocks = scale_bytes.numel()
+    grid = (-(-blocks // UNPACK_TILE), 1, 1)
+    launch_unpack(grid, (packed, scale_bytes, out.view(torch.int32), blocks), device)
 
 
 def _dequantize_flat(args: tuple[Any, ...], profile: Profile, packed: bool) -> None:

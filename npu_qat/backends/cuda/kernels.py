@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 
 from npu_qat.backends.cuda.tiles import (
+    bits_of,
     codes_of,
+    e8m0_value,
     elements_of,
     narrow,
     put_signs,
@@ -139,6 +141,22 @@ def fake_quant_kernel(
         scale = scale * tensor_scale
     y = narrow(put_signs(elements * scale, signs), dtype)
     tl.store(out_ptr + target, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def rotate_kernel(
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    blocks: tl.tensor,
+    FACTOR: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """TILE blocks of 32 that lie one behind the other, rotated and multiplied by FACTOR."""
+    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    at = block * 32 + tl.arange(0, 32)[None, :]
+    x = widen(tl.load(x_ptr + at, mask=block < blocks, other=0.0))
+    y = narrow(rotate(x, TILE) * FACTOR, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y, mask=block < blocks)
 
 
 @triton.jit
@@ -271,6 +289,74 @@ def dequantize_kernel(
         value = value * tl.load(level0_ptr + level0_at, mask=block_mask, other=0.0)
     target = (row * n + k) * inner + column
     tl.store(out_ptr + target, narrow(value, out_ptr.dtype.element_ty), mask=mask)
+
+
+# Eight 4-bit codes to eight bf16 numbers. Three bits of a code select the two bytes of its
+# magnitude from tables (prmt takes nibbles as they are), the fourth becomes the sign; then the
+# bytes are put together. $4: codes, $5, $9: lower bytes of the magnitudes, $13, $17: upper ones.
+_LOOK_UP = tl.constexpr("""
+{
+.reg .b32 magnitude, up, lower, upper, sign;
+and.b32 magnitude, $4, 0x77777777;
+shl.b32 up, $4, 4;
+prmt.b32 lower, $5, $9, magnitude;
+prmt.b32 upper, $13, $17, magnitude;
+prmt.b32 sign, $4, up, 0x1504;
+lop3.b32 upper, upper, sign, 0x80808080, 0xF8;
+prmt.b32 $0, lower, upper, 0x5140;
+prmt.b32 $1, lower, upper, 0x7362;
+shr.u32 magnitude, magnitude, 16;
+prmt.b32 lower, $5, $9, magnitude;
+prmt.b32 upper, $13, $17, magnitude;
+prmt.b32 sign, $4, up, 0x3726;
+lop3.b32 upper, upper, sign, 0x80808080, 0xF8;
+prmt.b32 $2, lower, upper, 0x5140;
+prmt.b32 $3, lower, upper, 0x7362;
+}
+""")
+
+
+@triton.jit
+def _four_bytes(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
+    """The lowest bytes of four int32 numbers as one."""
+    return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def unpack_kernel(
+    packed_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    blocks: tl.tensor,
+    TILE: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    """bf16 numbers, two in an int32, of packed MXFP4 blocks that lie one behind the other."""
+    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    inside = block < blocks
+    at = block * HALF + tl.arange(0, HALF)[None, :]
+    packed = tl.load(packed_ptr + at, mask=inside, other=0)
+    scale = e8m0_value(tl.load(scales_ptr + block, mask=inside, other=127).to(tl.int32))
+    # bf16 is the upper half of fp32, and an element times a power of two is exact in it.
+    m0, m1 = bits_of(scale * 0.0) >> 16, bits_of(scale * 0.5) >> 16
+    m2, m3 = bits_of(scale) >> 16, bits_of(scale * 1.5) >> 16
+    m4, m5 = bits_of(scale * 2.0) >> 16, bits_of(scale * 3.0) >> 16
+    m6, m7 = bits_of(scale * 4.0) >> 16, bits_of(scale * 6.0) >> 16
+    pairs = tl.inline_asm_elementwise(
+        _LOOK_UP,
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [
+            packed,
+            _four_bytes(m0, m1, m2, m3),
+            _four_bytes(m4, m5, m6, m7),
+            _four_bytes(m0 >> 8, m1 >> 8, m2 >> 8, m3 >> 8),
+            _four_bytes(m4 >> 8, m5 >> 8, m6 >> 8, m7 >> 8),
+        ],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+    tl.store(out_ptr + at, pairs, mask=inside)
 
 
 @triton.jit

@@ -189,11 +189,16 @@ def packed_linear_kernel(
         tl.store(out_ptr + at, narrow(acc, dtype), mask=inside)
 
 
+def few_rows(x: Tensor) -> bool:
+    """Whether ``x`` [.., K] has so few rows that reading the weight is what takes the time."""
+    return 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+
+
 def takes(x: Tensor, profile: Profile, axis: int, shape: tuple[int, int]) -> bool:
     """Whether ``packed_linear`` computes this product (others are dequantised first)."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and few_rows(x)
         and axis == 1
         and shape[1] % profile.block_size == 0
         and not profile.level0_block

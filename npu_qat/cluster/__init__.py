@@ -1,0 +1,1 @@
+"""Whether several machines can carry out one run: facts of each, and what contradicts what."""

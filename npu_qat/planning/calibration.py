@@ -1,0 +1,411 @@
+"""From measured rows to efficiencies, and the error of their predictions on other rows.
+
+    python -m npu_qat.planning.calibration rows.json --soc h100 --json calibration.json
+
+Efficiencies are fitted to the rows of the smaller half of the measured models and tested on the
+rows of the larger ones, in the direction in which a plan extrapolates, and on rows of more than two
+processes. What is reported is the error on the rows that the fit has not seen. Bytes have no fitted
+number at all: every row tests them.
+
+The fit minimises relative errors. A pass takes the longer of device and host, so rows are sorted
+into those of the one and of the other by the present fit, each part is fitted by least squares with
+coefficients that cannot be negative, and that is repeated until it settles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from npu_qat.config import LoraSection, ModelConfig, Recipe, RunConfig
+from npu_qat.planning.efficiency import Calibration, Efficiency, Error
+from npu_qat.planning.facts import ModelFacts, model_facts
+from npu_qat.planning.hardware import Hardware, find_hardware
+from npu_qat.planning.measure import RANK
+from npu_qat.planning.memory import REDUCE_BUCKET, Layout, Load, predict_memory
+from npu_qat.planning.model import architecture, build_on_meta
+from npu_qat.planning.steps import (
+    Work,
+    gathering_seconds,
+    micro_batch_work,
+    optimizer_seconds,
+    pass_seconds,
+    prefill_work,
+    token_seconds,
+    token_work,
+)
+
+Row = dict[str, Any]
+# Coefficients that stand in for ones that no row tells: no cost.
+NEUTRAL = Efficiency(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+ROUNDS = 20
+# Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom, then the normal's.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- rows
+
+
+@functools.cache
+def _facts(model: str, changes: tuple[tuple[str, int], ...], storage: str) -> ModelFacts:
+    from npu_qat.layers.plan import plan_linears
+
+    a = architecture(model, **dict(changes))
+    config = RunConfig(
+        quant=Recipe(base_storage=storage),
+        lora=LoraSection(r=RANK, alpha=RANK),
+        model=ModelConfig(),
+    )
+    on_meta = build_on_meta(a, config.model)
+    return model_facts(on_meta, a, plan_linears(on_meta, config.quant), config)
+
+
+def facts_of(row: Row) -> ModelFacts:
+    """The counts of the model that ``row`` measured."""
+    return _facts(row["model"], tuple(sorted(row["changes"].items())), row["storage"])
+
+
+def layout_of(row: Row, hardware: Hardware) -> Layout:
+    """How the row's processes were laid out."""
+    return Layout(
+        devices=row["processes"],
+        zero=row["zero"],
+        checkpointing=row.get("checkpointing", False),
+        bucket=row["bucket"] or REDUCE_BUCKET,
+        fused=hardware.fused,
+    )
+
+
+def load_of(row: Row) -> Load:
+    """What the row put through the model."""
+    if row["kind"] == "decode":
+        return Load(1, 1, 1, row["sequences"], row["prompt"], row["new_tokens"])
+    tokens = row["tokens"]
+    return Load(row["sequences"], tokens, tokens - tokens // 4, padded=row["ragged"])
+
+
+def mark(rows: Sequence[Row]) -> list[Row]:
+    """The rows with ``fitted``: whether they belong to the fit, and not to the test."""
+    models = [row for row in rows if row["kind"] in ("update", "decode")]
+    sizes = sorted({facts_of(row).parameters for row in models})
+    small = sizes[: max(1, len(sizes) // 2)]
+    return [
+        {**row, "fitted": facts_of(row).parameters in small and row["processes"] <= 2}
+        if row["kind"] in ("update", "decode")
+        else row
+        for row in rows
+    ]
+
+
+def memory_of(row: Row, hardware: Hardware) -> tuple[float, float]:
+    """(measured, predicted) bytes of a row at its peak, the tensors that were there before included
+    where the device counts them."""
+    predicted = predict_memory(facts_of(row), layout_of(row, hardware), load_of(row))
+    phase = "rollout" if row["kind"] == "decode" else "update"
+    measured = row["peak"] - row["outside"]
+    parts = predicted.phases[phase]
+    if row["before"] == 0:  # a CPU counts what the update made
+        parts = {k: v for k, v in parts.items() if k in MADE_IN_AN_UPDATE}
+        if row["zero"] == 3:
+            parts.pop("gradient bucket", None)
+    return float(measured), float(sum(parts.values()))
+
+
+MADE_IN_AN_UPDATE = (
+    "base, gathered",
+    "LoRA, fp32 gradients",
+    "gradient bucket",
+    "activations",
+    "layer inputs",
+    "logits, or one layer",
+)
+
+
+# ---------------------------------------------------------------- the fit
+
+
+def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
+    """Coefficients, none negative, that minimise the relative errors of ``rows @ c = targets``.
+
+    The best of all subsets of columns whose solution has no negative number; there are few columns.
+    """
+    import numpy as np
+
+    a = np.asarray(rows, dtype=float) / np.asarray(targets, dtype=float)[:, None]
+    ones = np.ones(len(targets))
+    count, best, found = a.shape[1], math.inf, [0.0] * a.shape[1]
+    for size in range(count, 0, -1):
+        for columns in itertools.combinations(range(count), size):
+            part = a[:, columns]
+            solution, *_ = np.linalg.lstsq(part, ones, rcond=None)
+            if (solution < 0).any():
+                continue
+            loss = float(((part @ solution - ones) ** 2).sum())
+            if loss < best - 1e-12:
+                best, found = loss, [0.0] * count
+                for column, value in zip(columns, solution.tolist(), strict=True):
+                    found[column] = value
+    return found
+
+
+def fit(rows: Sequence[Row], hardware: Hardware) -> Efficiency:
+    """Efficiencies from the rows that ``mark`` gave to the fit.
+
+    Raises ``ValueError`` if there are too few of them, or the hardware lacks a figure.
+    """
+    if missing := [o for o in hardware.missing() if o in ("--tflops", "--bandwidth")]:
+        raise ValueError(f"a calibration needs the peaks of the device: {', '.join(missing)}")
+    used = [row for row in rows if row["kind"] in ("update", "decode") and row["fitted"]]
+    updates = [row for row in used if row["kind"] == "update"]
+    decodes = [row for row in used if row["kind"] == "decode"]
+    plain = [row for row in updates if row["zero"] == 0 and row["processes"] == 1]
+    if len(plain) < 4 or len(decodes) < 3:
+        raise ValueError(
+            "a calibration needs at least 4 updates and 3 rollouts of the smaller models in one "
+            f"process, but found {len(plain)} and {len(decodes)}"
+        )
+    numbers = NEUTRAL.__dict__ | _fit_passes(plain, hardware)
+    numbers["adapter_step_seconds"] = statistics.median(
+        max(row["step_seconds"] - optimizer_seconds(facts_of(row), hardware, NEUTRAL), 0.0)
+        / (2 * facts_of(row).adapted_linears)
+        for row in plain
+    )
+    numbers |= _fit_tokens(decodes, hardware, numbers["matmul"])
+    numbers["link"] = _link(rows, hardware)
+    numbers["reserved"] = (
+        max(row["reserved"] / row["peak"] for row in used)
+        if (all("reserved" in row for row in used))
+        else 1.0
+    )
+    efficiency = Efficiency(**numbers)
+    sharded = [row for row in updates if row["zero"] == 3]
+    if sharded:
+        numbers["zero3_layer_seconds"] = statistics.median(
+            _hook_seconds(row, hardware, efficiency) for row in sharded
+        )
+    return Efficiency(**numbers)
+
+
+def _passes(rows: Sequence[Row], hardware: Hardware) -> list[tuple[Work, float]]:
+    """Work and seconds of every measured pass: micro-batches, and forward passes alone."""
+    found = []
+    for row in rows:
+        facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
+        found.append((micro_batch_work(facts, layout, load), row["micro_seconds"]))
+        forward = micro_batch_work(facts, layout, load, backward=False)
+        found.append((forward, row["forward_seconds"]))
+    return found
+
+
+def _fit_passes(rows: Sequence[Row], hardware: Hardware) -> dict[str, float]:
+    assert hardware.flops and hardware.bandwidth
+    passes = _passes(rows, hardware)
+    host = 0.0
+    columns = [0.0, 0.0, 0.0]
+    bound: list[bool] = [False] * len(passes)
+    for _ in range(ROUNDS):
+        device = [(w, s) for (w, s), by_host in zip(passes, bound, strict=True) if not by_host]
+        if len(device) >= 3:
+            columns = least_squares(
+                [
+                    (
+                        w.flops / hardware.flops,
+                        w.activations / hardware.bandwidth,
+                        w.logits / hardware.bandwidth,
+                    )
+                    for w, s in device
+                ],
+                [max(s - w.weights / hardware.bandwidth, 0.1 * s) for w, s in device],
+            )
+        on_device = [_device_seconds(w, columns, hardware) for w, _ in passes]
+        waits = [s / w.layer_passes for (w, s), by in zip(passes, bound, strict=True) if by]
+        # Until some row is bound by the host: the most that no row contradicts.
+        most = min(s / w.layer_passes for w, s in passes)
+        host = statistics.median(waits) if waits else most
+        now = [host * w.layer_passes > d for (w, _), d in zip(passes, on_device, strict=True)]
+        if now == bound:
+            break
+        bound = now
+    return {
+        "matmul": 1 / columns[0] if columns[0] else 1.0,
+        "activation_moves": columns[1],
+        "logit_moves": columns[2],
+        "layer_host_seconds": host,
+    }
+
+
+def _device_seconds(work: Work, columns: Sequence[float], hardware: Hardware) -> float:
+    assert hardware.flops and hardware.bandwidth
+    moved = columns[1] * work.activations + columns[2] * work.logits + work.weights
+    return columns[0] * work.flops / hardware.flops + moved / hardware.bandwidth
+
+
+def _fit_tokens(rows: Sequence[Row], hardware: Hardware, matmul: float) -> dict[str, float]:
+    assert hardware.flops and hardware.bandwidth
+    rows = [row for row in rows if row["recorded"]] or rows
+    works = [(token_work(facts_of(row), load_of(row)), row["token_seconds"]) for row in rows]
+    columns = least_squares(
+        [
+            (
+                w.weights / hardware.bandwidth,
+                w.activations / hardware.bandwidth,
+                w.logits / hardware.bandwidth,
+                w.layer_passes,
+            )
+            for w, _ in works
+        ],
+        [max(s - w.flops / (matmul * hardware.flops), 0.1 * s) for w, s in works],
+    )
+    names = ("weight_moves", "cache_moves", "logit_moves", "layer_seconds")
+    return {f"decode_{name}": value for name, value in zip(names, columns, strict=True)}
+
+
+def _link(rows: Sequence[Row], hardware: Hardware) -> float:
+    """Share of the link's rate that a large all-gather reaches."""
+    found = [row for row in rows if row["kind"] == "collective"]
+    if not found or not hardware.link:
+        return 1.0
+    large = max(row["bytes"] for row in found)
+    return min(
+        row["bytes"] * (row["processes"] - 1) / row["processes"] / row["all_gather"] / hardware.link
+        for row in found
+        if row["bytes"] == large
+    )
+
+
+def _hook_seconds(row: Row, hardware: Hardware, efficiency: Efficiency) -> float:
+    facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
+    work = micro_batch_work(facts, layout, load)
+    known = pass_seconds(work, hardware, efficiency, layout)
+    known += gathering_seconds(work, hardware, efficiency, layout)
+    return max(row["micro_seconds"] - known, 0.0) / work.layer_passes
+
+
+# ---------------------------------------------------------------- the test
+
+
+def predictions(
+    rows: Sequence[Row], hardware: Hardware, efficiency: Efficiency
+) -> list[dict[str, Any]]:
+    """Measured numbers beside their predictions: ``{quantity, row, measured, predicted, fitted}``.
+
+    Bytes are predicted without a fit, so no row of theirs counts as fitted.
+    """
+    found = []
+
+    def add(quantity: str, row: Row, measured: float, predicted: float, fitted: bool) -> None:
+        found.append(
+            {
+                "quantity": quantity,
+                "row": row,
+                "measured": measured,
+                "predicted": predicted,
+                "fitted": fitted,
+            }
+        )
+
+    for row in rows:
+        if row["kind"] not in ("update", "decode"):
+            continue
+        facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
+        seen = row["fitted"]
+        if row["kind"] == "decode":
+            if row["before"]:
+                add("rollout memory", row, *memory_of(row, hardware), False)
+            if not row["recorded"] and hardware.kind == "cuda":
+                continue  # a rollout without a recorded graph is not what is predicted
+            token = token_seconds(token_work(facts, load), hardware, efficiency)
+            add("decoding time", row, row["token_seconds"], token, seen)
+            prefill = prefill_work(facts, layout, load)
+            seconds = pass_seconds(prefill, hardware, efficiency, layout)
+            add("prefill time", row, row["prefill_seconds"], seconds, False)
+            continue
+        add("update memory", row, *memory_of(row, hardware), False)
+        work = micro_batch_work(facts, layout, load)
+        seconds = pass_seconds(work, hardware, efficiency, layout)
+        if layout.zero == 3:
+            seconds += gathering_seconds(work, hardware, efficiency, layout)
+            add("update time, ZeRO-3", row, row["micro_seconds"], seconds, seen)
+        else:
+            add("update time", row, row["micro_seconds"], seconds, seen)
+            forward = micro_batch_work(facts, layout, load, backward=False)
+            alone = pass_seconds(forward, hardware, efficiency, layout)
+            add("forward time", row, row["forward_seconds"], alone, seen)
+    return found
+
+
+def errors(found: Sequence[dict[str, Any]]) -> dict[str, Error]:
+    """By quantity, the error on rows that were not fitted."""
+    ratios: dict[str, list[float]] = {}
+    for one in found:
+        if not one["fitted"]:
+            ratios.setdefault(one["quantity"], []).append(one["measured"] / one["predicted"])
+    return {quantity: prediction_interval(values) for quantity, values in ratios.items()}
+
+
+def prediction_interval(ratios: Sequence[float]) -> Error:
+    """95 % interval for the ratio of one more case, from the spread of their logarithms:
+    ``mean +- t sd sqrt(1 + 1 / n)``. With a single row, that row is all that is known."""
+    logs = [math.log(ratio) for ratio in ratios]
+    worst = max(ratios, key=lambda ratio: abs(math.log(ratio)))
+    n, mean = len(logs), statistics.fmean(logs)
+    if n == 1:
+        return Error(1, min(1.0, ratios[0]), max(1.0, ratios[0]), worst)
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    half = t * statistics.stdev(logs) * math.sqrt(1 + 1 / n)
+    return Error(n, math.exp(mean - half), math.exp(mean + half), worst)
+
+
+def calibrate(path: Path, hardware: Hardware) -> Calibration:
+    """Fit and test the rows in ``path``, a file of ``npu_qat.planning.measure``.
+
+    Raises ``ValueError`` if it is none, or has too few rows.
+    """
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        rows, environment = measured["rows"], measured["environment"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--calibrate {path}: no result of python -m npu_qat.planning.measure: {error}"
+        ) from error
+    rows = mark(rows)
+    efficiency = fit(rows, hardware)
+    tested = errors(predictions(rows, hardware, efficiency))
+    device = environment.get("accelerator") or environment["processor"]
+    return Calibration(efficiency, tested, path.name, str(device))
+
+
+def main() -> int:
+    """Write a calibration, and print what it says."""
+    parser = argparse.ArgumentParser(
+        prog="npu_qat.planning.calibration", description="Fit efficiencies to measured rows."
+    )
+    parser.add_argument("rows", type=Path, help="a file of npu_qat.planning.measure")
+    parser.add_argument("--soc", required=True, help="the device that it was measured on")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the result")
+    args = parser.parse_args()
+    try:
+        found = calibrate(args.rows, find_hardware(args.soc))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(found.as_dict(), indent=1) + "\n"
+    args.json.write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

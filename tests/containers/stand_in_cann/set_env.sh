@@ -1,0 +1,1 @@
+export ASCEND_HOME_PATH=/usr/local/Ascend/ascend-toolkit
