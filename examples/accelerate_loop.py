@@ -24,7 +24,8 @@ from npu_qat.tasks import Problem, load_task
 STEPS = 4
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/accelerate-loop"
 
-accelerator = Accelerator()
+# On a machine with CPUs only, Accelerate joins the processes of torchrun if it is told so.
+accelerator = Accelerator(cpu=not torch.accelerator.is_available())
 path = demo_model_path()
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 tokenizer = AutoTokenizer.from_pretrained(path)

@@ -32,9 +32,12 @@ data = Dataset.from_list([{"prompt": task.messages(p), "id": p.id} for p in task
 
 
 def reward(completions: list[Any], id: list[str], **kwargs: Any) -> list[float]:
-    """1 for the right number behind ``####``."""
+    """1 for the right number behind ``####``, and a little less for every character."""
     texts = [completion[0]["content"] for completion in completions]
-    return [accuracy_reward(text, problems[key]) for text, key in zip(texts, id, strict=True)]
+    return [
+        accuracy_reward(text, problems[key]) - len(text) / 1000
+        for text, key in zip(texts, id, strict=True)
+    ]
 
 
 handle = npu_qat.prepare_model(model, npu_qat.Recipe())
@@ -51,6 +54,8 @@ trainer = GRPOTrainer(
         num_generations=8,
         max_completion_length=48,
         epsilon_high=0.28,
+        learning_rate=1e-4,
+        bf16=False,  # no autocast: the model is in bf16 already
         report_to="none",
     ),
     train_dataset=data,

@@ -182,7 +182,7 @@ print(base64.urlsafe_b64encode(json.dumps(world).encode()).decode())' "$nodes" "
     fi
     command=("$python" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$devices")
     command+=(--rdzv_backend c10d --rdzv_endpoint "$host:$port" --rdzv_id npu-qat)
-    command+=(--rdzv_conf "is_host=$is_host,join_timeout=$wait" --local_addr "$address")
+    command+=(--rdzv_conf "is_host=$is_host,join_timeout=$wait,read_timeout=20" --local_addr "$address")
     command+=(-m npu_qat "${job[@]}")
     ;;
   *) fail "--via is '$via': hostfile, pods or rendezvous" ;;

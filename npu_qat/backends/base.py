@@ -194,8 +194,11 @@ class FusedBackend(Backend, Protocol):
         """The values that ``encoded`` stands for, in the shape and dtype of the input."""
         ...
 
-    def prepare_weight(self, weight: PackedWeight) -> object:
-        """``weight`` [N, K], blocked along K, in the layout that ``fused_linear`` reads."""
+    def prepare_weight(self, weight: PackedWeight, *, resident: bool = False) -> object:
+        """``weight`` [N, K], blocked along K, in the layout that ``fused_linear`` reads.
+
+        ``resident``: time matters more than memory.
+        """
         ...
 
     def fused_linear(

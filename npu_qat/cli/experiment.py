@@ -225,9 +225,9 @@ def _state(store: Store, cell: Cell) -> str:
 
 
 def _seconds(store: Store, chosen: list[Cell]) -> dict[str, float]:
-    """Arm -> seconds of its newest result."""
+    """Arm -> most seconds of its results."""
     results = [result for cell in chosen if (result := store.result(cell)) is not None]
-    ordered = sorted(results, key=lambda result: str(result["finished"]))
+    ordered = sorted(results, key=lambda result: float(result["seconds"]))
     return {result["arm"]: float(result["seconds"]) for result in ordered}
 
 

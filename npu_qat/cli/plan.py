@@ -144,11 +144,11 @@ def _lengths(args: argparse.Namespace, config: RunConfig) -> Lengths:
     )
 
 
-def _calibration(args: argparse.Namespace, hardware: Hardware) -> Calibration:
-    from npu_qat.planning.efficiency import load_calibration
+def _calibration(args: argparse.Namespace, hardware: Hardware) -> Calibration | None:
+    from npu_qat.planning.efficiency import shipped_calibration
 
     if args.calibrate is None:
-        return load_calibration()
+        return shipped_calibration()
     from npu_qat.planning.calibration import calibrate
 
     return calibrate(args.calibrate, hardware)
@@ -210,6 +210,13 @@ def _print_times(plan: ScalePlan, console: Console) -> None:
         )
         return
     c = plan.calibration
+    if c is None:
+        console.print(
+            "no times: this package comes with no calibration; make one with python -m "
+            "npu_qat.planning.measure on such a device and give --calibrate",
+            markup=False,
+        )
+        return
     console.print(
         f"times: efficiencies measured on {c.device} ({c.source}); other devices are assumed to "
         "reach the same shares of their peaks",
@@ -241,7 +248,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        table.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=i == 0)
     return table
 
 

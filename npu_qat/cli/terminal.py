@@ -69,11 +69,12 @@ def report_error(error: BaseException) -> int:
 
 
 def end_failed_rank(code: int) -> int:
-    """``code``; but one of several processes ends here, without Python's clean-up.
+    """``code``; but a process that has joined others ends here, without Python's clean-up.
 
     That would take down the process group, and wait for ranks that are gone or stuck.
     """
-    if world_size() > 1:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -40,6 +40,7 @@ from npu_qat.experiments.matrix_plots import Dot, curve_plot, dot_plot
 from npu_qat.experiments.matrix_store import Store, unpack_outcomes
 
 LEVEL = 0.05
+COMMITS = "commits.json"
 Result = dict[str, Any]
 
 TOPICS = {
@@ -180,13 +181,19 @@ class Analysis:
     results: list[Result]
     missing: list[str]
     stale: list[str]
+    commits: dict[str, str] = field(default_factory=dict)
 
 
 def analyse(matrix: Matrix, results: Path) -> Analysis:
     """Read ``results`` and compute everything.
 
+    ``COMMITS`` two folders above names the commit of a code digest, for results from a machine
+    whose copy of the code was not a clean checkout of it.
+
     Raises ``ValueError`` if a result file is damaged.
     """
+    table = results.parent.parent / COMMITS
+    commits = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
     planned = cells(matrix)
     store = Store(results, any_code=True)
     found: dict[str, Result] = {}
@@ -213,6 +220,7 @@ def analyse(matrix: Matrix, results: Path) -> Analysis:
         list(found.values()),
         missing,
         store.unknown(planned),
+        commits,
     )
 
 
@@ -562,7 +570,7 @@ def _made_by(found: Analysis) -> Result:
 
     return {
         "code": count(lambda r: r["code"]),
-        "commit": count(lambda r: r["environment"].get("git_commit")),
+        "commit": count(lambda r: found.commits.get(r["code"], r["environment"].get("git_commit"))),
         "device": count(_device),
         "backend": count(lambda r: r["environment"]["backend"]),
         "versions": count(versions),

@@ -62,7 +62,6 @@ class Progress:
     failed: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     not_started: list[str] = field(default_factory=list)
-    longest: float = 0.0
 
 
 def make_slots(jobs: int, devices: Sequence[str], kind: str) -> list[dict[str, str]]:
@@ -93,11 +92,16 @@ def run_cells(
         store: where workers write results; here only the deaths of workers are recorded.
         workplace: how to start workers.
         say: prints a line.
-        time_limit: seconds after which running cells are asked to stop. A cell that would not end
-            before is not started, a shorter one behind it is.
-        known: arm -> seconds that a cell of it took earlier.
+        time_limit: seconds after which running cells are asked to stop. Cells that an earlier call
+            stopped go first: they need the least, and a checkpoint loses nothing. Then a cell that
+            would not end before is not started, a shorter one behind it is.
+        known: arm -> most seconds that a cell of it took earlier.
     """
-    scheduler = _Scheduler(list(cells), store, workplace, say, time_limit, dict(known or {}))
+    begun = [cell for cell in cells if _is_begun(workplace.runs, cell)]
+    ordered = [*begun, *(cell for cell in cells if cell not in begun)]
+    scheduler = _Scheduler(
+        ordered, {cell.id for cell in begun}, store, workplace, say, time_limit, dict(known or {})
+    )
     threads = [
         threading.Thread(target=scheduler.work, args=(slot, number), daemon=True)
         for number, slot in enumerate(workplace.slots)
@@ -115,17 +119,28 @@ def run_cells(
     return scheduler.progress
 
 
+def _run_folder(runs: Path, cell: Cell) -> Path:
+    return runs / f"{cell.id}--{cell.digest}--{code_digest()}"
+
+
+def _is_begun(runs: Path, cell: Cell) -> bool:
+    """Whether an earlier call left a checkpoint of ``cell``."""
+    return any((_run_folder(runs, cell) / "checkpoints").glob("*/*"))
+
+
 class _Scheduler:
     def __init__(
         self,
         waiting: list[Cell],
+        begun: set[str],
         store: Store,
         workplace: Workplace,
         say: Callable[[str], None],
         time_limit: float | None,
         known: dict[str, float],
     ) -> None:
-        self.waiting, self.store, self.workplace, self.say = waiting, store, workplace, say
+        self.waiting, self.begun = waiting, begun
+        self.store, self.workplace, self.say = store, workplace, say
         self.started = time.monotonic()
         self.end = None if time_limit is None else self.started + time_limit
         self.total = len(waiting)
@@ -165,13 +180,15 @@ class _Scheduler:
                 return None
             left = math.inf if self.end is None else self.end - time.monotonic()
             for i, cell in enumerate(self.waiting):
-                if left > MARGIN * self._expected_seconds(cell):
+                if cell.id in self.begun or left > MARGIN * self._expected_seconds(cell):
                     return self.waiting.pop(i)
             return None
 
     def _expected_seconds(self, cell: Cell) -> float:
-        """What the last cell of its arm took, else the longest of any so far."""
-        return self.known.get(cell.arm.name, self.progress.longest)
+        """The most that a cell of its arm took, else of any arm: with little time left an arm of
+        unknown length must not displace one that is known to fit."""
+        longest = max(self.known.values(), default=0.0)
+        return self.known.get(cell.arm.name, longest)
 
     def _hopeless(self) -> bool:
         """Whether everything fails now."""
@@ -231,8 +248,8 @@ class _Scheduler:
                 self.failures_in_a_row += 1
             if status == "done":
                 self.failures_in_a_row = 0
-                self.known[cell.arm.name] = seconds
-                self.progress.longest = max(self.progress.longest, seconds)
+                # The longest: one that went on from a checkpoint took less than the next will.
+                self.known[cell.arm.name] = max(self.known.get(cell.arm.name, 0.0), seconds)
             count = len(self.progress.done) + len(self.progress.failed)
             elapsed = time.monotonic() - self.started
             self.say(
@@ -279,7 +296,7 @@ def serve_cells(cells: Sequence[Cell], store: Store, runs: Path, *, keep_runs: b
     by_id = {cell.id: cell for cell in cells}
     for line in sys.stdin:
         cell = by_id[line.strip()]
-        run_dir = runs / f"{cell.id}--{cell.digest}--{code_digest()}"
+        run_dir = _run_folder(runs, cell)
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "log.txt").open("a", encoding="utf-8") as log:
             try:

@@ -57,7 +57,8 @@ def gradient_check(recipe: Recipe | None, largest: Mapping[str, float], updates:
         "adapters receive a gradient in the first update",
         "all, and at least one update" if not blocked else "at least one update",
         f"{len(first) - len(zero)} of {len(first)} adapters, {updates} updates"
-        + (f", exactly zero: {zero[0]}" if zero else ""),
+        + (f", exactly zero: {zero[0]}" if zero else "")
+        + ("" if first else "; all rewards of every group equal, or nothing trained"),
         bool(first) and updates > 0 and (blocked or not zero),
     )
 

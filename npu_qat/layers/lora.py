@@ -100,9 +100,28 @@ def _add_adapter(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(``y`` [.., N] plus ``scaling B A x``, in place; ``A x`` [M, r])."""
-    rank_x = x.reshape(-1, x.shape[-1]) @ a.t()
-    y.view(-1, y.shape[-1]).addmm_(rank_x, b.t(), alpha=scaling)
+    rank_x = F.linear(x, a).view(-1, len(a))
+    _add_product(y.view(-1, len(b)), rank_x, b.t(), scaling)
     return y, rank_x
+
+
+def _add_product(
+    y: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """``y`` [M, N] plus ``scaling * left @ right``, in place.
+
+    On a GPU the matmul adds. On a CPU such a matmul rounds a row differently with the number of
+    rows, and what a token gets shall not depend on the size of its batch.
+    """
+    if y.is_cuda:
+        return y.addmm_(left, right, alpha=scaling)
+    if _is_power_of_two(scaling):
+        return y.add_((left if scaling == 1 else left * scaling) @ right)
+    return y.add_((left @ right).mul_(scaling))
+
+
+def _is_power_of_two(scaling: float) -> bool:
+    return math.frexp(scaling)[0] == 0.5
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -144,7 +163,7 @@ class _AdaptedLinear(torch.autograd.Function):
             db *= ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(ctx.base, dy).addmm_(g, a).view(x.shape)
+            dx = _add_product(_input_gradient(ctx.base, dy), g, a).view(x.shape)
         return dx, da, db.to(ctx.dtypes[1]), None, None
 
 
@@ -162,7 +181,7 @@ def _scaled(b: nn.Module, rank_x: torch.Tensor, scaling: float) -> torch.Tensor:
     numbers of rank r instead spares two passes over [.., N].
     """
     out: torch.Tensor
-    if math.frexp(scaling)[0] == 0.5:
+    if _is_power_of_two(scaling):
         out = b(rank_x if scaling == 1 else rank_x * scaling)
     else:
         out = b(rank_x) * scaling

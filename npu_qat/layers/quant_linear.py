@@ -565,14 +565,24 @@ class QuantLinear(nn.Linear):
         return rotate_blocks(dx, INPUT_FACTOR)
 
     def _prepared_weight(self, backend: FusedBackend) -> object:
-        """The stored codes in the device's layout, made again when they moved."""
+        """The stored codes in the device's layout, made again when they moved.
+
+        Raises ValueError for a weight that the device's layout cannot hold.
+        """
         if hasattr(self.weight_packed, "ds_id"):
             # ZeRO-3 frees the gathered parameter after use; what is kept here would keep it alive.
-            return backend.prepare_weight(self.packed_weight())
+            return self._prepare_weight(backend)
         key = (self.weight_packed.data_ptr(), self.weight_scale.data_ptr())
         if self._prepared is None or self._prepared[0] != key:
-            self._prepared = (key, backend.prepare_weight(self.packed_weight()))
+            self._prepared = (key, self._prepare_weight(backend))
         return self._prepared[1]
+
+    def _prepare_weight(self, backend: FusedBackend) -> object:
+        try:
+            resident = self.state.recipe.base_storage == "image"
+            return backend.prepare_weight(self.packed_weight(), resident=resident)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; set quant.matmul: auto") from error
 
     def result_scale(self) -> torch.Tensor | None:
         """fp32 product of the tensor scales of weight and input, or None without any."""

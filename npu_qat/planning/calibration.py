@@ -2,14 +2,14 @@
 
     python -m npu_qat.planning.calibration rows.json --soc h100 --json calibration.json
 
-Efficiencies are fitted to the rows of the smaller half of the measured models and tested on the
-rows of the larger ones, in the direction in which a plan extrapolates, and on rows of more than two
-processes. What is reported is the error on the rows that the fit has not seen. Bytes have no fitted
-number at all: every row tests them.
+Efficiencies are fitted to all rows. What is reported as their error is that of fits which have not
+seen the model in question: each model is predicted by a fit to the rows of all others. Bytes have
+no fitted number at all: every row tests them.
 
-The fit minimises relative errors. A pass takes the longer of device and host, so rows are sorted
-into those of the one and of the other by the present fit, each part is fitted by least squares with
-coefficients that cannot be negative, and that is repeated until it settles.
+The fit minimises relative errors. No byte moves less than once. A pass takes the longer of device
+and host, so rows are sorted into those of the one and of the other by the present fit, each part is
+fitted by least squares with coefficients that cannot be negative, and that is repeated; the best
+round is taken.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from npu_qat.planning.steps import (
 
 Row = dict[str, Any]
 # Coefficients that stand in for ones that no row tells: no cost.
-NEUTRAL = Efficiency(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+NEUTRAL = Efficiency(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, None, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
 ROUNDS = 20
 # Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom, then the normal's.
 _T95 = (
@@ -96,19 +96,6 @@ def load_of(row: Row) -> Load:
     return Load(row["sequences"], tokens, tokens - tokens // 4, padded=row["ragged"])
 
 
-def mark(rows: Sequence[Row]) -> list[Row]:
-    """The rows with ``fitted``: whether they belong to the fit, and not to the test."""
-    models = [row for row in rows if row["kind"] in ("update", "decode")]
-    sizes = sorted({facts_of(row).parameters for row in models})
-    small = sizes[: max(1, len(sizes) // 2)]
-    return [
-        {**row, "fitted": facts_of(row).parameters in small and row["processes"] <= 2}
-        if row["kind"] in ("update", "decode")
-        else row
-        for row in rows
-    ]
-
-
 def memory_of(row: Row, hardware: Hardware) -> tuple[float, float]:
     """(measured, predicted) bytes of a row at its peak, the tensors that were there before included
     where the device counts them."""
@@ -136,23 +123,28 @@ MADE_IN_AN_UPDATE = (
 # ---------------------------------------------------------------- the fit
 
 
-def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """Coefficients, none negative, that minimise the relative errors of ``rows @ c = targets``.
+def least_squares(
+    rows: Sequence[Sequence[float]], targets: Sequence[float], scales: Sequence[float]
+) -> list[float]:
+    """Coefficients, none negative, that minimise the errors of ``rows @ c = targets``, each in
+    units of its scale.
 
     The best of all subsets of columns whose solution has no negative number; there are few columns.
     """
     import numpy as np
 
-    a = np.asarray(rows, dtype=float) / np.asarray(targets, dtype=float)[:, None]
-    ones = np.ones(len(targets))
+    scale = np.asarray(scales, dtype=float)
+    a = np.asarray(rows, dtype=float) / scale[:, None]
+    b = np.asarray(targets, dtype=float) / scale
     count, best, found = a.shape[1], math.inf, [0.0] * a.shape[1]
-    for size in range(count, 0, -1):
+    # Fewer columns first: a larger set must be better to be taken.
+    for size in range(1, count + 1):
         for columns in itertools.combinations(range(count), size):
             part = a[:, columns]
-            solution, *_ = np.linalg.lstsq(part, ones, rcond=None)
-            if (solution < 0).any():
+            solution, _, rank, _ = np.linalg.lstsq(part, b, rcond=None)
+            if rank < size or (solution < 0).any():
                 continue
-            loss = float(((part @ solution - ones) ** 2).sum())
+            loss = float(((part @ solution - b) ** 2).sum())
             if loss < best - 1e-12:
                 best, found = loss, [0.0] * count
                 for column, value in zip(columns, solution.tolist(), strict=True):
@@ -161,19 +153,18 @@ def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> 
 
 
 def fit(rows: Sequence[Row], hardware: Hardware) -> Efficiency:
-    """Efficiencies from the rows that ``mark`` gave to the fit.
+    """Efficiencies from measured rows.
 
     Raises ``ValueError`` if there are too few of them, or the hardware lacks a figure.
     """
     if missing := [o for o in hardware.missing() if o in ("--tflops", "--bandwidth")]:
         raise ValueError(f"a calibration needs the peaks of the device: {', '.join(missing)}")
-    used = [row for row in rows if row["kind"] in ("update", "decode") and row["fitted"]]
-    updates = [row for row in used if row["kind"] == "update"]
-    decodes = [row for row in used if row["kind"] == "decode"]
+    updates = [row for row in rows if row["kind"] == "update"]
+    decodes = [row for row in rows if row["kind"] == "decode"]
     plain = [row for row in updates if row["zero"] == 0 and row["processes"] == 1]
-    if len(plain) < 4 or len(decodes) < 3:
+    if len(plain) < 4 or len(decodes) < 2:
         raise ValueError(
-            "a calibration needs at least 4 updates and 3 rollouts of the smaller models in one "
+            "a calibration needs, of each model's others, at least 4 updates and 2 rollouts in one "
             f"process, but found {len(plain)} and {len(decodes)}"
         )
     numbers = NEUTRAL.__dict__ | _fit_passes(plain, hardware)
@@ -184,14 +175,11 @@ def fit(rows: Sequence[Row], hardware: Hardware) -> Efficiency:
     )
     numbers |= _fit_tokens(decodes, hardware, numbers["matmul"])
     numbers["link"] = _link(rows, hardware)
-    numbers["reserved"] = (
-        max(row["reserved"] / row["peak"] for row in used)
-        if (all("reserved" in row for row in used))
-        else 1.0
-    )
-    efficiency = Efficiency(**numbers)
+    pools = [row["reserved"] / row["peak"] for row in (*updates, *decodes) if "reserved" in row]
+    numbers["reserved"] = max(pools, default=1.0)
     sharded = [row for row in updates if row["zero"] == 3]
     if sharded:
+        efficiency = Efficiency(**{**numbers, "zero3_layer_seconds": 0.0})
         numbers["zero3_layer_seconds"] = statistics.median(
             _hook_seconds(row, hardware, efficiency) for row in sharded
         )
@@ -210,66 +198,101 @@ def _passes(rows: Sequence[Row], hardware: Hardware) -> list[tuple[Work, float]]
 
 
 def _fit_passes(rows: Sequence[Row], hardware: Hardware) -> dict[str, float]:
-    assert hardware.flops and hardware.bandwidth
+    """Columns of the device: matmuls, moves of activations above one, moves of logits. Those of the
+    host: forward and backward passes."""
     passes = _passes(rows, hardware)
-    host = 0.0
-    columns = [0.0, 0.0, 0.0]
-    bound: list[bool] = [False] * len(passes)
+    columns, host = [1.0, 0.0, 0.0], [0.0, 0.0]
+    # At first, those with little work a layer wait for the host.
+    middle = statistics.median(w.flops / w.layer_passes for w, _ in passes)
+    bound = [w.flops / w.layer_passes < middle for w, _ in passes]
+    best = math.inf
     for _ in range(ROUNDS):
-        device = [(w, s) for (w, s), by_host in zip(passes, bound, strict=True) if not by_host]
-        if len(device) >= 3:
-            columns = least_squares(
-                [
-                    (
-                        w.flops / hardware.flops,
-                        w.activations / hardware.bandwidth,
-                        w.logits / hardware.bandwidth,
-                    )
-                    for w, s in device
-                ],
-                [max(s - w.weights / hardware.bandwidth, 0.1 * s) for w, s in device],
+        device = [p for p, by_host in zip(passes, bound, strict=True) if not by_host]
+        waiting = [p for p, by_host in zip(passes, bound, strict=True) if by_host]
+        new_columns, new_host = columns, host
+        if device:
+            new_columns = least_squares(
+                [_device_columns(w, hardware) for w, _ in device],
+                [max(s - _least_seconds(w, hardware), 0.1 * s) for w, s in device],
+                [s for _, s in device],
             )
-        on_device = [_device_seconds(w, columns, hardware) for w, _ in passes]
-        waits = [s / w.layer_passes for (w, s), by in zip(passes, bound, strict=True) if by]
-        # Until some row is bound by the host: the most that no row contradicts.
-        most = min(s / w.layer_passes for w, s in passes)
-        host = statistics.median(waits) if waits else most
-        now = [host * w.layer_passes > d for (w, _), d in zip(passes, on_device, strict=True)]
+        if any(w.layer_backwards for w, _ in waiting):
+            new_host = least_squares(
+                [(w.layer_forwards, w.layer_backwards) for w, _ in waiting],
+                [s for _, s in waiting],
+                [s for _, s in waiting],
+            )
+        on_device = [
+            _least_seconds(w, hardware)
+            + sum(c * x for c, x in zip(new_columns, _device_columns(w, hardware), strict=True))
+            for w, _ in passes
+        ]
+        on_host = [
+            new_host[0] * w.layer_forwards + new_host[1] * w.layer_backwards for w, _ in passes
+        ]
+        loss = sum(
+            math.log(max(d, h) / s) ** 2
+            for d, h, (_, s) in zip(on_device, on_host, passes, strict=True)
+        )
+        if loss < best:
+            best, columns, host = loss, new_columns, new_host
+        now = [h > d for d, h in zip(on_device, on_host, strict=True)]
         if now == bound:
             break
         bound = now
     return {
         "matmul": 1 / columns[0] if columns[0] else 1.0,
-        "activation_moves": columns[1],
+        "activation_moves": 1 + columns[1],
         "logit_moves": columns[2],
-        "layer_host_seconds": host,
+        "forward_host_seconds": host[0],
+        "backward_host_seconds": host[1],
     }
 
 
-def _device_seconds(work: Work, columns: Sequence[float], hardware: Hardware) -> float:
+def _device_columns(work: Work, hardware: Hardware) -> tuple[float, float, float]:
     assert hardware.flops and hardware.bandwidth
-    moved = columns[1] * work.activations + columns[2] * work.logits + work.weights
-    return columns[0] * work.flops / hardware.flops + moved / hardware.bandwidth
+    return (
+        work.flops / hardware.flops,
+        work.activations / hardware.bandwidth,
+        work.logits / hardware.bandwidth,
+    )
+
+
+def _least_seconds(work: Work, hardware: Hardware) -> float:
+    """Of moving activations and decoded weights once."""
+    assert hardware.bandwidth
+    return (work.activations + work.weights) / hardware.bandwidth
 
 
 def _fit_tokens(rows: Sequence[Row], hardware: Hardware, matmul: float) -> dict[str, float]:
     assert hardware.flops and hardware.bandwidth
+    peak, bandwidth = hardware.flops, hardware.bandwidth
     rows = [row for row in rows if row["recorded"]] or rows
     works = [(token_work(facts_of(row), load_of(row)), row["token_seconds"]) for row in rows]
+
+    def least(work: Work) -> float:
+        moved = (work.weights + work.activations) / bandwidth
+        return moved + work.flops / (matmul * peak)
+
     columns = least_squares(
         [
             (
-                w.weights / hardware.bandwidth,
-                w.activations / hardware.bandwidth,
-                w.logits / hardware.bandwidth,
+                w.weights / bandwidth,
+                w.activations / bandwidth,
+                w.logits / bandwidth,
                 w.layer_passes,
             )
             for w, _ in works
         ],
-        [max(s - w.flops / (matmul * hardware.flops), 0.1 * s) for w, s in works],
+        [max(s - least(w), 0.1 * s) for w, s in works],
+        [s for _, s in works],
     )
-    names = ("weight_moves", "cache_moves", "logit_moves", "layer_seconds")
-    return {f"decode_{name}": value for name, value in zip(names, columns, strict=True)}
+    return {
+        "decode_weight_moves": 1 + columns[0],
+        "decode_cache_moves": 1 + columns[1],
+        "decode_logit_moves": columns[2],
+        "decode_layer_seconds": columns[3],
+    }
 
 
 def _link(rows: Sequence[Row], hardware: Hardware) -> float:
@@ -288,7 +311,7 @@ def _link(rows: Sequence[Row], hardware: Hardware) -> float:
 def _hook_seconds(row: Row, hardware: Hardware, efficiency: Efficiency) -> float:
     facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
     work = micro_batch_work(facts, layout, load)
-    known = pass_seconds(work, hardware, efficiency, layout)
+    known = pass_seconds(work, hardware, efficiency)
     known += gathering_seconds(work, hardware, efficiency, layout)
     return max(row["micro_seconds"] - known, 0.0) / work.layer_passes
 
@@ -296,62 +319,62 @@ def _hook_seconds(row: Row, hardware: Hardware, efficiency: Efficiency) -> float
 # ---------------------------------------------------------------- the test
 
 
-def predictions(
-    rows: Sequence[Row], hardware: Hardware, efficiency: Efficiency
-) -> list[dict[str, Any]]:
-    """Measured numbers beside their predictions: ``{quantity, row, measured, predicted, fitted}``.
+def predictions(rows: Sequence[Row], hardware: Hardware) -> list[dict[str, Any]]:
+    """Measured numbers beside their predictions: ``{quantity, row, measured, predicted}``.
 
-    Bytes are predicted without a fit, so no row of theirs counts as fitted.
+    Times of a model are predicted by a fit to the rows of the other models; bytes need no fit.
+
+    Raises ``ValueError`` if there is only one model.
     """
+    measured = [row for row in rows if row["kind"] in ("update", "decode")]
+    sizes = sorted({facts_of(row).parameters for row in measured})
     found = []
+    for size in sizes:
+        mine = [row for row in measured if facts_of(row).parameters == size]
+        others = [row for row in rows if row not in mine]
+        efficiency = fit(others, hardware)
+        for row in mine:
+            found += _of_row(row, hardware, efficiency)
+    return found
 
-    def add(quantity: str, row: Row, measured: float, predicted: float, fitted: bool) -> None:
+
+def _of_row(row: Row, hardware: Hardware, efficiency: Efficiency) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def add(quantity: str, measured: float, predicted: float) -> None:
         found.append(
-            {
-                "quantity": quantity,
-                "row": row,
-                "measured": measured,
-                "predicted": predicted,
-                "fitted": fitted,
-            }
+            {"quantity": quantity, "row": row, "measured": measured, "predicted": predicted}
         )
 
-    for row in rows:
-        if row["kind"] not in ("update", "decode"):
-            continue
-        facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
-        seen = row["fitted"]
-        if row["kind"] == "decode":
-            if row["before"]:
-                add("rollout memory", row, *memory_of(row, hardware), False)
-            if not row["recorded"] and hardware.kind == "cuda":
-                continue  # a rollout without a recorded graph is not what is predicted
+    facts, layout, load = facts_of(row), layout_of(row, hardware), load_of(row)
+    if row["kind"] == "decode":
+        if row["before"]:  # on a CPU a library's scratch memory is all that one sees
+            add("rollout memory", *memory_of(row, hardware))
+        if row["recorded"] or hardware.kind != "cuda":
             token = token_seconds(token_work(facts, load), hardware, efficiency)
-            add("decoding time", row, row["token_seconds"], token, seen)
-            prefill = prefill_work(facts, layout, load)
-            seconds = pass_seconds(prefill, hardware, efficiency, layout)
-            add("prefill time", row, row["prefill_seconds"], seconds, False)
-            continue
-        add("update memory", row, *memory_of(row, hardware), False)
-        work = micro_batch_work(facts, layout, load)
-        seconds = pass_seconds(work, hardware, efficiency, layout)
-        if layout.zero == 3:
+            add("decoding time", row["token_seconds"], token)
+        prefill = prefill_work(facts, layout, load)
+        add("prefill time", row["prefill_seconds"], pass_seconds(prefill, hardware, efficiency))
+        return found
+    add("update memory", *memory_of(row, hardware))
+    work = micro_batch_work(facts, layout, load)
+    seconds = pass_seconds(work, hardware, efficiency)
+    if layout.zero == 3:
+        if efficiency.zero3_layer_seconds is not None:
             seconds += gathering_seconds(work, hardware, efficiency, layout)
-            add("update time, ZeRO-3", row, row["micro_seconds"], seconds, seen)
-        else:
-            add("update time", row, row["micro_seconds"], seconds, seen)
-            forward = micro_batch_work(facts, layout, load, backward=False)
-            alone = pass_seconds(forward, hardware, efficiency, layout)
-            add("forward time", row, row["forward_seconds"], alone, seen)
+            add("update time, ZeRO-3", row["micro_seconds"], seconds)
+        return found
+    add("update time", row["micro_seconds"], seconds)
+    forward = micro_batch_work(facts, layout, load, backward=False)
+    add("forward time", row["forward_seconds"], pass_seconds(forward, hardware, efficiency))
     return found
 
 
 def errors(found: Sequence[dict[str, Any]]) -> dict[str, Error]:
-    """By quantity, the error on rows that were not fitted."""
+    """By quantity, the error of predictions."""
     ratios: dict[str, list[float]] = {}
     for one in found:
-        if not one["fitted"]:
-            ratios.setdefault(one["quantity"], []).append(one["measured"] / one["predicted"])
+        ratios.setdefault(one["quantity"], []).append(one["measured"] / one["predicted"])
     return {quantity: prediction_interval(values) for quantity, values in ratios.items()}
 
 
@@ -375,14 +398,15 @@ def calibrate(path: Path, hardware: Hardware) -> Calibration:
     """
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
-        rows, environment = measured["rows"], measured["environment"]
+        rows, environment = measured["rows"], dict(measured["environment"])
+        if not all(isinstance(row["kind"], str) for row in rows):
+            raise ValueError("its rows have no kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--calibrate {path}: no result of python -m npu_qat.planning.measure: {error}"
         ) from error
-    rows = mark(rows)
     efficiency = fit(rows, hardware)
-    tested = errors(predictions(rows, hardware, efficiency))
+    tested = errors(predictions(rows, hardware))
     device = environment.get("accelerator") or environment["processor"]
     return Calibration(efficiency, tested, path.name, str(device))
 

@@ -23,9 +23,9 @@ class Efficiency:
         matmul: share of the peak that matmuls reach.
         activation_moves: times a saved byte moves through memory in forward and backward.
         logit_moves: the same for a byte of fp32 logits.
-        layer_host_seconds: of Python and launches, a layer and pass.
+        forward_host_seconds, backward_host_seconds: of Python and launches, a layer and pass.
         adapter_step_seconds: of the optimiser, an adapter tensor.
-        zero3_layer_seconds: of stage 3's hooks, a layer and pass.
+        zero3_layer_seconds: of stage 3's hooks, a layer and pass; None: not measured.
         link: share of the link's rate that collectives reach.
         decode_weight_moves, decode_cache_moves, decode_logit_moves: times a byte is moved in a
             decoding step.
@@ -36,9 +36,10 @@ class Efficiency:
     matmul: float
     activation_moves: float
     logit_moves: float
-    layer_host_seconds: float
+    forward_host_seconds: float
+    backward_host_seconds: float
     adapter_step_seconds: float
-    zero3_layer_seconds: float
+    zero3_layer_seconds: float | None
     link: float
     decode_weight_moves: float
     decode_cache_moves: float
@@ -49,7 +50,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Error:
-    """Measured over predicted on rows that were not used for the fit.
+    """Measured over predicted, each model by a fit to the others.
 
     Attributes:
         rows: how many.
@@ -81,7 +82,12 @@ class Calibration:
         return asdict(self)
 
 
-def load_calibration(path: Path = SHIPPED) -> Calibration:
+def shipped_calibration() -> Calibration | None:
+    """The one that comes with this package; None if it comes with none."""
+    return load_calibration(SHIPPED) if SHIPPED.is_file() else None
+
+
+def load_calibration(path: Path) -> Calibration:
     """A calibration that ``python -m npu_qat.planning.calibration`` wrote.
 
     Raises ``ValueError`` if ``path`` is not one.

@@ -33,6 +33,7 @@ class Hardware:
         bandwidth: of its memory, bytes/s.
         link: to the other devices of its host, bytes/s in one direction.
         evidence: where the figures come from.
+        multiplies_codes: its matmul reads 4-bit codes (``layers/matmul.py``, fused).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Hardware:
     bandwidth: float | None = None
     link: float | None = None
     evidence: str = DATASHEET
+    multiplies_codes: bool = False
 
     @property
     def fused(self) -> bool:
@@ -78,10 +80,10 @@ HARDWARE = {
     "ascend-910b": Hardware("Ascend 910B (A2)", "npu", evidence="no figure that we have read"),
     "ascend-910c": Hardware("Ascend 910C (A3), one die", "npu", 64 * GB, evidence=READ),
     "ascend-950pr": Hardware(
-        "Ascend 950PR", "npu", 128 * GB, None, 1e15, 2e15, 1600e9, None, ANNOUNCED
+        "Ascend 950PR", "npu", 128 * GB, None, 1e15, 2e15, 1600e9, None, ANNOUNCED, True
     ),
     "ascend-950dt": Hardware(
-        "Ascend 950DT", "npu", 144 * GB, None, 1e15, 2e15, 4000e9, None, ANNOUNCED
+        "Ascend 950DT", "npu", 144 * GB, None, 1e15, 2e15, 4000e9, None, ANNOUNCED, True
     ),
 }
 

@@ -18,7 +18,8 @@ together. A case that fails is a row with its error and the next one goes on; wh
 time leaves the rest out, so the important cases stand first.
 
 Peaks are those of the device's allocator. On a CPU they are the largest sum of live tensors that
-the profiler saw, which leaves out what the process holds besides tensors.
+the profiler saw, which leaves out what the process holds besides tensors, and seconds are those of
+the processor.
 """
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ class Job:
     bucket: int | None = None
     updates: tuple[Update, ...] = ()
     decodes: tuple[Decode, ...] = ()
-    eager: bool = False
     changes: dict[str, int] = field(default_factory=dict)
 
 
@@ -108,7 +108,6 @@ _ONE: tuple[tuple[Job, ...], ...] = (
             "image",
             updates=(*_PLAIN, Update(4, 2048, ragged=False), Update(8, 512)),
             decodes=(Decode(64), Decode(256), Decode(16)),
-            eager=True,
         ),
         Job("qwen2.5-1.5b", "packed", updates=_PLAIN[:2], decodes=(Decode(64), Decode(256))),
     ),
@@ -228,7 +227,10 @@ class Meter:
             self.accelerator.synchronize()
 
     def seconds(self) -> float:
-        """A clock that has waited for the device."""
+        """A clock that has waited for the device. On a CPU it counts processor time, which leaves
+        out the turns of other programs (and waiting for other processes)."""
+        if self.accelerator is None:
+            return time.process_time()
         self.synchronize()
         return time.perf_counter()
 
@@ -451,11 +453,6 @@ class Worker:
                         break
                     self._update(adapted, engine, update, config.vocab_size, common)
             with engine.for_generation() as whole, held["handle"].phase("rollout"):
-                if job.eager:
-                    self._decode(job.decodes[:1], whole, common)
-                for hook in (engine.ds.module_forward_pre_hook, engine.ds.module_forward_post_hook):
-                    if hook is not None:  # a hooked model is not recorded as a graph
-                        hook.remove()
                 self._decode(job.decodes, whole, common)
         finally:
             engine.ds.destroy()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from npu_qat.config import RunConfig
+from npu_qat.config import Recipe, RunConfig
 from npu_qat.planning.efficiency import Calibration, Error
 from npu_qat.planning.facts import ModelFacts, model_facts
 from npu_qat.planning.hardware import Hardware
@@ -34,6 +34,8 @@ from npu_qat.planning.steps import StepTime, predict_step
 # Outside of the allocator: the context of the device, its libraries, buffers of collectives. An
 # assumption, which --reserve-gib replaces.
 RESERVE_GIB = 2.0
+# The allocator's pool over the tensors in it, where no calibration has measured it: an assumption.
+POOL = 1.05
 # Room for the gradients of the adapters; DeepSpeed wants at least the largest tensor.
 SMALLEST_BUCKET = 1_000_000
 
@@ -107,7 +109,7 @@ class ScalePlan:
         facts: counts of the model, in ``image`` storage.
         lengths: of the sequences.
         candidates: in the order of stages, storages, checkpointing.
-        calibration: where the times come from.
+        calibration: where the times come from; None: there are none.
     """
 
     model: str
@@ -117,7 +119,7 @@ class ScalePlan:
     facts: ModelFacts
     lengths: Lengths
     candidates: tuple[Candidate, ...]
-    calibration: Calibration
+    calibration: Calibration | None
 
     @property
     def best(self) -> Candidate | None:
@@ -125,7 +127,7 @@ class ScalePlan:
         fitting = [c for c in self.candidates if c.fits]
         if not fitting:
             return None
-        if all(c.time is not None for c in fitting):
+        if any(c.time is not None for c in fitting):
             return min(fitting, key=lambda c: c.time.total if c.time else math.inf)
         return max(fitting, key=lambda c: c.load.sequences)
 
@@ -138,7 +140,8 @@ class ScalePlan:
             ("prefill time", time.prefill),
             ("decoding time", time.decode),
         ):
-            error = self.calibration.error(quantity) or Error(0, 1.0, 1.0, 1.0)
+            known = self.calibration.error(quantity) if self.calibration else None
+            error = known or Error(0, 1.0, 1.0, 1.0)
             low, high = low + seconds * error.low, high + seconds * error.high
         return low, high
 
@@ -154,7 +157,7 @@ class ScalePlan:
             "lora_parameters": self.facts.lora_parameters,
             "prompt_tokens": self.lengths.prompt,
             "completion_tokens": self.lengths.completion,
-            "calibration": self.calibration.as_dict(),
+            "calibration": None if self.calibration is None else self.calibration.as_dict(),
             "layouts": [self._candidate(c) for c in self.candidates],
             "best": None if self.best is None else self.best.name,
         }
@@ -196,7 +199,7 @@ def make_plan(
     config: RunConfig,
     hardware: Hardware,
     devices: int,
-    calibration: Calibration,
+    calibration: Calibration | None,
     *,
     lengths: Lengths | None = None,
     stages: Sequence[int] = (),
@@ -210,7 +213,7 @@ def make_plan(
             batch sizes only downwards for rollouts.
         hardware: of one device.
         devices: processes, one a device.
-        calibration: for times.
+        calibration: for times; None: memory alone.
         lengths: of prompts and completions; default: the limits of the configuration.
         stages: of ZeRO; default 0, and on several devices 2 and 3.
         storages: of the base.
@@ -235,7 +238,7 @@ def make_plan(
     candidates = []
     for layout, storage in _layouts(config, hardware, devices, stages, storages):
         if storage not in facts:
-            facts[storage] = _facts(config, model, architecture, storage)
+            facts[storage] = _facts(config, model, architecture, storage, hardware)
         given = (config, facts[storage], storage, lengths, hardware, calibration, reserve)
         candidate = _candidate(layout, *given)
         if not candidate.fits and layout.baseline != "none":
@@ -298,11 +301,28 @@ def _can_pack(config: RunConfig) -> bool:
     return config.quant.quantizes_weight and config.quant.apply_during == "both"
 
 
-def _facts(config: RunConfig, model: Any, architecture: Any, storage: str) -> ModelFacts:
+def _facts(
+    config: RunConfig, model: Any, architecture: Any, storage: str, hardware: Hardware
+) -> ModelFacts:
     from npu_qat.layers.plan import plan_linears
 
-    recipe = config.quant.model_copy(update={"base_storage": storage})
-    return model_facts(model, architecture, plan_linears(model, recipe), config)
+    def counts(storage: str) -> ModelFacts:
+        recipe = config.quant.model_copy(update={"base_storage": storage})
+        return model_facts(model, architecture, plan_linears(model, recipe), config)
+
+    found = counts(storage)
+    if storage == "image" and hardware.multiplies_codes and _fuses(config.quant):
+        packed = counts("packed")  # the codes are kept beside the image
+        not_in_4_bits = found.item * (found.parameters - found.quantized_parameters)
+        codes = packed.bytes_stored - not_in_4_bits
+        found = replace(found, bytes_stored=found.bytes_stored + codes)
+    return found
+
+
+def _fuses(recipe: Recipe) -> bool:
+    """Whether nothing in the recipe stands against a matmul of codes (``layers/matmul.py``)."""
+    whole = recipe.injection_point == "both" and recipe.block_axis == "row"
+    return whole and not recipe.rotates and recipe.matmul != "emulated"
 
 
 def _candidate(
@@ -312,13 +332,13 @@ def _candidate(
     storage: str,
     lengths: Lengths,
     hardware: Hardware,
-    calibration: Calibration,
+    calibration: Calibration | None,
     reserve: float,
 ) -> Candidate:
     assert hardware.memory is not None
     layout = replace(layout, bucket=_bucket(facts, layout))
     room = hardware.memory - reserve
-    pool = calibration.efficiency.reserved
+    pool = POOL if calibration is None else calibration.efficiency.reserved
 
     def fits(micro: int, rows: int, evaluated: int) -> bool:
         load = _load(config, lengths, micro, rows, evaluated)
@@ -342,7 +362,9 @@ def _candidate(
     possible = needed <= hardware.memory
     known = hardware.flops and hardware.bandwidth and (hardware.link or layout.devices == 1)
     time = None
-    if possible and known:
+    if calibration and layout.zero == 3 and calibration.efficiency.zero3_layer_seconds is None:
+        known = False  # its hooks cost more than what they gather, and nobody measured them
+    if possible and known and calibration is not None:
         time = predict_step(facts, layout, load, config, hardware, calibration.efficiency)
     return Candidate(layout, storage, config, load, found, needed, possible, time)
 

@@ -22,7 +22,7 @@ matmuls reach, how often a byte of activations or logits is moved at the memory'
 and what Python and launches cost a layer. A pass takes the longer of device and host::
 
     seconds = max(flop / (matmul peak) + (activation bytes a + logit bytes l + weights) / bandwidth,
-                  layers passes host)
+                  layers (forward passes host_f + backward passes host_b))
 
 **Communication.** Stages 0 to 2 add up the gradients of the adapters once an update,
 ``2 (n - 1) / n`` times their bytes over the link; stage 3 gathers the base in each pass,
@@ -56,7 +56,7 @@ class Work:
     Attributes:
         flops: of matmuls.
         activations, logits, weights: bytes, see the module.
-        layer_passes: layers times passes, for the host.
+        layer_forwards, layer_backwards: layers times passes, for the host.
         gathered: bytes of the base that stage 3 gathers.
     """
 
@@ -64,8 +64,14 @@ class Work:
     activations: float
     logits: float
     weights: float
-    layer_passes: int
+    layer_forwards: int
+    layer_backwards: int = 0
     gathered: float = 0.0
+
+    @property
+    def layer_passes(self) -> int:
+        """Of both kinds."""
+        return self.layer_forwards + self.layer_backwards
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ def micro_batch_work(
         activations=saved_by_layers(facts, layout, load) * passes / 3,
         logits=float(FP32 * scored * facts.vocabulary * (3 if backward else 1)),
         weights=_decoding(facts) * decoded,
-        layer_passes=facts.layers * (1 + backward + again),
+        layer_forwards=facts.layers * (1 + again),
+        layer_backwards=facts.layers * backward,
         gathered=read * decoded * (layout.devices - 1) / layout.devices,
     )
 
@@ -152,7 +159,7 @@ def token_work(facts: ModelFacts, load: Load) -> Work:
         activations=float(kv_cache(facts, load)),
         logits=float(FP32 * rows * facts.vocabulary),
         weights=float(weights),
-        layer_passes=facts.layers,
+        layer_forwards=facts.layers,
     )
 
 
@@ -168,14 +175,15 @@ def _decoding(facts: ModelFacts) -> float:
 # ---------------------------------------------------------------- seconds
 
 
-def pass_seconds(work: Work, hardware: Hardware, efficiency: Efficiency, layout: Layout) -> float:
+def pass_seconds(work: Work, hardware: Hardware, efficiency: Efficiency) -> float:
     """Of a micro-batch."""
     assert hardware.flops and hardware.bandwidth
     device = work.flops / (efficiency.matmul * hardware.flops)
     moved = work.activations * efficiency.activation_moves
     moved += work.logits * efficiency.logit_moves + work.weights
     device += moved / hardware.bandwidth
-    host = work.layer_passes * efficiency.layer_host_seconds
+    host = work.layer_forwards * efficiency.forward_host_seconds
+    host += work.layer_backwards * efficiency.backward_host_seconds
     return max(device, host)
 
 
@@ -185,6 +193,7 @@ def gathering_seconds(
     """What stage 3 adds to a micro-batch."""
     if layout.zero < 3:
         return 0.0
+    assert efficiency.zero3_layer_seconds is not None
     hooks = work.layer_passes * efficiency.zero3_layer_seconds
     if not work.gathered:
         return hooks
@@ -244,14 +253,14 @@ def predict_step(
     work = micro_batch_work(facts, layout, load)
     forward = micro_batch_work(facts, layout, load, backward=False)
     gathering = gathering_seconds(work, hardware, efficiency, layout)
-    old_policy = pass_seconds(forward, hardware, efficiency, layout) if updates > 1 else 0.0
+    old_policy = pass_seconds(forward, hardware, efficiency) if updates > 1 else 0.0
     adding = gradient_seconds(facts, layout, hardware, efficiency)
     prefill, decode, steps = _rollout(facts, layout, load, config, hardware, efficiency)
     return StepTime(
         prefill=prefill,
         decode=decode,
         old_policy=old_policy * micro * updates,
-        forward_backward=updates * micro * pass_seconds(work, hardware, efficiency, layout),
+        forward_backward=updates * micro * pass_seconds(work, hardware, efficiency),
         optimizer=updates * optimizer_seconds(facts, hardware, efficiency),
         communication=updates * (micro * gathering + adding),
         micro_batches=micro * updates,
@@ -274,6 +283,6 @@ def _rollout(
     asked = d.generation_prompts if d.dynamic_sampling else d.prompts_per_rollout
     rows = math.ceil(asked / layout.devices) * config.rollout.num_generations
     batches = math.ceil(rows / load.rollout_rows)
-    prefill = pass_seconds(prefill_work(facts, layout, load), hardware, efficiency, layout)
+    prefill = pass_seconds(prefill_work(facts, layout, load), hardware, efficiency)
     token = token_seconds(token_work(facts, load), hardware, efficiency)
     return batches * prefill, batches * load.new_tokens * token, batches * load.new_tokens

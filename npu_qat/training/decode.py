@@ -17,12 +17,15 @@ import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+# Shapes [B, 1, 1, capacity] of the steps that a model has run.
+_SHAPES_RUN: WeakKeyDictionary[Any, set[torch.Size]] = WeakKeyDictionary()
 # The attention of recorded steps, by its name in transformers.
 GROUPED = "npu_qat_one_token"
 # Modules whose hooks on a model do nothing without a gradient: DeepSpeed's engine starts its timers
@@ -118,7 +121,8 @@ def _needs_python(module: Any) -> bool:
 
 
 class RecordedStep:
-    """A decoding step of a batch that does not change, recorded when it runs a second time.
+    """A decoding step of a batch that does not change, recorded when it runs a second time (or at
+    once, if the model has run steps of this shape before).
 
     Args:
         model: a causal language model of transformers.
@@ -144,26 +148,29 @@ class RecordedStep:
         self._mask[:, 0, 0, : layer.filled] = mask.bool()
         self._position, self._ids = position.clone(), position.clone()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._steps = 0
+        self._warm = self._mask.shape in _SHAPES_RUN.get(model, ())
+        self._tried = False
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """``finish(logits)`` after ``token`` [B]; it is overwritten by the next call.
 
-        The first call runs as usual: what kernels do on their first call (compile, choose an
-        algorithm) cannot be recorded.
+        The first call of a shape runs as usual: what kernels do on their first call (compile,
+        choose an algorithm) cannot be recorded.
         """
         self._ids.copy_(token[:, None])
-        self._steps += 1
         for layer in self.cache.layers:
             layer.filled += 1
-        if self._steps == 2 and token.device.type == "cuda":
+        if self._warm and not self._tried and token.device.type == "cuda":
             self._record()
+        self._warm = True
+        _SHAPES_RUN.setdefault(self.model, set()).add(self._mask.shape)
         if self._graph is None:
             return self._step()
         self._graph.replay()
         return self._recorded
 
     def _record(self) -> None:
+        self._tried = True
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
         gc.disable()  # what it frees (pinned memory, graphs) may call what a recording forbids

@@ -18,6 +18,7 @@ of it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,26 @@ def sample(
     return [c for c in completions if c is not None]
 
 
+class _Transfer:
+    """A small tensor on its way to the host: everything that Python needs to know about a step."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if x.device.type != "cuda":
+            self._host = x.cpu()
+            return
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the CPU, once it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 class _Batch:
     """The running rows of one decode: tokens, mask, cache, and which row is where."""
 
@@ -138,6 +159,7 @@ class _Batch:
         self.uniforms = torch.empty(0)
         self.u: torch.Tensor | None = None
         self.params: SamplingParams
+        self.picked = torch.empty(0)  # by the last step
         self.eos = torch.tensor(list(eos_ids))
         self.rows = torch.arange(len(prompts))
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -153,13 +175,20 @@ class _Batch:
         if uniforms is not None:
             self.uniforms = uniforms.to(self.device)
             self.u = self.uniforms[:, 0].clone()
+        coming: deque[_Transfer] = deque()
+        started, leaving = 0, False
         for t in range(params.max_new_tokens):
             stop()
-            if self.u is not None:
-                self.u.copy_(self.uniforms[:, t])
-            picked = self._forward()
-            # One transfer a token: everything that Python needs to know about this step.
-            token, logp = picked.cpu()
+            # A replayed step needs nothing from Python, so the next one starts before this one's
+            # tokens are looked at; unless rows are about to leave.
+            while started <= t or (
+                self.recorded is not None
+                and started == t + 1 < params.max_new_tokens
+                and not leaving
+            ):
+                coming.append(self._start(started))
+                started += 1
+            token, logp = coming.popleft().wait()
             steps_token.append(token.long())
             steps_logp.append(logp.float())
             steps_rows.append(self.rows)
@@ -167,12 +196,21 @@ class _Batch:
             finished[self.rows[done]] = True
             if done.all():
                 break
-            self._append(picked[0].long())
             below = COMPACT_RECORDED_BELOW if self.records else COMPACT_BELOW
-            if (~done).float().mean() <= below:
+            leaving = bool((~done).float().mean() <= below)
+            if leaving and not coming:
                 self._keep(~done)
-                done = done[~done]
+                done, leaving = done[~done], False
         return self._collect(steps_token, steps_logp, steps_rows, finished)
+
+    def _start(self, t: int) -> _Transfer:
+        """Queue step ``t``, which continues the one before, and the transfer of what it picks."""
+        if t > 0:
+            self._append(self.picked[0].long())
+        if self.u is not None:
+            self.u.copy_(self.uniforms[:, t])
+        self.picked = self._forward()
+        return _Transfer(self.picked)
 
     def _forward(self) -> torch.Tensor:
         """Token and log-probability of each row, fp64 [2, B], which holds both exactly."""
@@ -210,6 +248,7 @@ class _Batch:
         self.position = self.position[on_device]
         self.cache.batch_select_indices(on_device)
         self.rows = self.rows[index]
+        self.picked = self.picked[:, on_device]
         if self.u is not None:
             self.uniforms = self.uniforms[on_device]
             self.u = self.u[on_device]

@@ -112,5 +112,6 @@ fetch_torch
 say "base image and wheels are there"
 export CPU_BASE BUILD_NETWORK=host NETWORK=none NPU_QAT_WHEELS=$cache/wheels PATH=$tools/bin:$PATH
 cd "$root"
-"$python" -m pytest -m container tests/containers --durations=0 --durations-min=2 "$@"
+"$python" -m pytest -m container tests/containers --basetemp "$scratch/pytest" \
+    --durations=0 --durations-min=2 "$@"
 say "done"

@@ -33,6 +33,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "dapo-step": diagrams.dapo_step,
     "dapo-clip": diagrams.dapo_clip,
     "parity-levels": diagrams.parity_levels,
+    "house": diagrams.house,
 }
 MADE = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -377,3 +377,41 @@ def parity_levels() -> Figure:
         color=GREY,
     )
     return fig
+
+
+HOUSE = (
+    ("the numbers", ("numerics", "backends"), "what, and who computes", LIGHT_ORANGE, ORANGE),
+    ("the model", ("layers", "noise", "sensitivity"), "how it carries them", LIGHT_BLUE, BLUE),
+    (
+        "learning",
+        ("tasks", "training", "evaluation", "reporting"),
+        "what, how, how well",
+        LIGHT_GREEN,
+        GREEN,
+    ),
+    ("leaving", ("deploy", "integrations", "parity"), "to engines and trainers", LIGHT_BLUE, BLUE),
+    ("runs", ("experiments", "bench", "planning", "cluster"), "one, many, where", "#fafafa", GREY),
+    ("the door", ("cli",), "one file a command", "#ffffff", INK),
+)
+
+
+def house() -> Figure:
+    """The rooms in groups, in the order of the house; imports go up, and to the left in a row."""
+    fig = Figure(
+        860, 396, "The rooms of the package in groups, from the numbers to the command line"
+    )
+    for row, (group, rooms, says, fill, stroke) in enumerate(HOUSE):
+        y = 14 + row * 60
+        fig.text(20, y + 20, group, anchor="start", size=13, bold=True)
+        fig.text(20, y + 36, says, anchor="start", size=10, color=GREY)
+        for i, room in enumerate(rooms):
+            fig.box(170 + i * 132, y, 120, 42, room, fill=fill, stroke=stroke, size=13)
+        if row:
+            fig.line(230, y, 230, y - 16, color=GREY, arrow=True)
+    fig.box(720, 14, 120, 342, ["config", "", "assets"], fill="#f3e5f5", stroke="#6a1b9a", size=13)
+    fig.note(
+        20,
+        384,
+        "Imports go upwards, and to the left in a row; config and assets are for all rooms.",
+    )
+    return fig

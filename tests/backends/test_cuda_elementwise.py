@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the CUDA backend needs Triton")
+from npu_qat.backends.base import PackedWeight
 from npu_qat.backends.cuda import elementwise
 from npu_qat.layers.rotation import INPUT_FACTOR, rotate_input
 from npu_qat.numerics import PROFILES, Profile, dequantize, fake_quant, quantize
@@ -124,3 +125,21 @@ class TestOnGpu:
         else:
             x = every_pattern(dtype, profile.block_size)
         check(x.unsqueeze(-1) if profile.forced_axis == -2 else x, profile, packed=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_byte_under_every_scale(dtype: torch.dtype) -> None:
+    """Two codes and a scale are 2^16 cases; bf16 has a kernel of its own on a GPU."""
+    scales = torch.arange(256, dtype=torch.uint8)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    weight = PackedWeight(packed, scales.repeat_interleave(16).view(256, 16), (256, 512), "ocp")
+    found = elementwise.dequantize(
+        weight.packed.to(DEVICE),
+        weight.scales.to(DEVICE),
+        (256, 512),
+        PROFILES["ocp"],
+        1,
+        dtype,
+        packed=True,
+    )
+    assert torch.equal(bits(found.cpu()), bits(dequantize(weight.unpack(), dtype)))

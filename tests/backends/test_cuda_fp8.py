@@ -56,14 +56,14 @@ def test_encoded_rows_are_the_numbers_of_the_profile(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES if not INTERPRETED else ["ascend950"])
 def test_every_bf16_pattern_is_encoded_as_the_profile_says(name: str) -> None:
     """One block a row. What is far below its row's largest number may lose bits of its own."""
-    x = every_pattern(torch.bfloat16, 32)[:: 211 if INTERPRETED else 1]
+    x = every_pattern(torch.bfloat16, 32)[:: 997 if INTERPRETED else 1]
     found, wanted = decoded(x, name)
     assert not differs(found, wanted).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_far_below_their_row_are_cut_and_no_others(name: str) -> None:
-    x = anything(torch.bfloat16, (48, 96), seed=3)
+    x = anything(torch.bfloat16, (12 if INTERPRETED else 768, 96), seed=3)
     found, wanted = decoded(x, name)
     finite = wanted.masked_fill(~wanted.isfinite(), 0.0)
     largest = finite.abs().amax(1, keepdim=True)
@@ -99,6 +99,17 @@ def test_a_row_that_spans_too_much_is_refused() -> None:
         BACKEND.prepare_weight(q)
 
 
+def test_a_layer_with_such_a_row_names_itself() -> None:
+    linear = nn.Linear(96, 48, bias=False).bfloat16()
+    linear.weight.data = weight()
+    linear.weight.data[5, :32] *= 2.0**-20
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"proj": linear})])}).to(DEVICE)
+    prepare_model(model, Recipe(matmul="fused"), CudaBackend())
+    layer = model.get_submodule("layers.0.proj")
+    with pytest.raises(ValueError, match=r"layers\.0\.proj: row 5 .* set quant.matmul: auto"):
+        layer(torch.randn(70, 96, device=DEVICE).bfloat16())
+
+
 @pytest.mark.parametrize("rows", [8, 70])
 def test_the_product_is_that_of_the_decoded_numbers(rows: int) -> None:
     """Few rows read the packed weight, many are multiplied as FP8."""
@@ -117,18 +128,17 @@ def test_the_product_is_that_of_the_decoded_numbers(rows: int) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("storage", ["image", "packed"])
+@pytest.mark.parametrize("storage", ["packed"] if INTERPRETED else ["image", "packed"])
 def test_a_layer_multiplies_codes_where_that_is_asked_for(storage: str) -> None:
     results = []
-    cuda = CudaBackend()
-    for backend, mode in ((cuda, "fused"), (cuda, "auto"), (EmulationBackend(), "auto")):
+    for backend, mode in ((CudaBackend(), "fused"), (EmulationBackend(), "auto")):
         torch.manual_seed(0)
-        model = nn.ModuleDict({"layers": nn.ModuleList([Block(96)])}).bfloat16()
+        model = nn.ModuleDict({"layers": nn.ModuleList([Block(64)])}).bfloat16()
         model = model if backend.name == "emulation" else model.to(DEVICE)
         handle = prepare_model(model, Recipe(base_storage=storage, matmul=mode), backend)
         assert handle.matmul.name == ("fused" if mode == "fused" else "emulated")
         device = next(model.parameters()).device
-        x = torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+        x = torch.randn(66, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
         x = x.to(device).requires_grad_()
         y = model["layers"][0](x)
         (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))

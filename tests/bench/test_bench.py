@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npu_qat.bench import dapo_step, fake_quant, growth, linear, models, peers
+from npu_qat.bench import bars, dapo_step, fake_quant, growth, linear, models, peers
 from npu_qat.bench.rows import Row, Setup
 from npu_qat.bench.suite import BENCHMARKS, environment, make_setup, measure
 from npu_qat.bench.timing import Clock, Times
@@ -39,7 +39,7 @@ def test_functions_are_sampled_in_turns() -> None:
 
 def test_a_sample_holds_enough_calls_to_be_timed() -> None:
     clock = Clock(CPU)
-    assert max(clock._inner(lambda: None) for _ in range(5)) > 1000  # a busy machine may be slow once
+    assert max(clock._inner(lambda: None) for _ in range(5)) > 1000  # or slow once
     assert clock._inner(lambda: torch.randn(2000, 2000)) < 10
 
 
@@ -210,3 +210,20 @@ def test_mistakes_are_explained(capsys, tmp_path: Path) -> None:
 
 def test_the_environment_names_who_computes(setup: Setup) -> None:
     assert environment(setup, "x")["computed_by"] == setup.selection.backend.describe()
+
+
+def test_a_row_with_a_bar_says_whether_it_was_met() -> None:
+    name = "train-step/packed-fp8-ascend950/qwen2.5-1.5b/4x2048-tokens/checkpointing"
+    assert bars.verdict(name, 1.15) == "<= 1.15 met"
+    assert bars.verdict(name, 1.151) == "<= 1.15 missed"
+    assert bars.verdict("fake-quant/cpu-ascend950/bfloat16/4096x4096", 1.4) == "<= 1.5 met"
+    assert bars.bar_of("fake-quant/cuda-ascend950/bfloat16/8192x8192/eager") is None
+    assert bars.verdict("decode/bf16-fused/qwen2.5-1.5b/batch-8/256-tokens", 2.0) == ""
+
+
+@pytest.mark.parametrize("layer", ["q-1536x1536", "gate-1536x8960", "down-8960x1536"])
+def test_the_rows_of_the_bars_are_those_that_are_measured(layer: str) -> None:
+    name, _, shape = layer.partition("-")
+    assert "x".join(map(str, linear.GPU_SHAPES[name])) == shape and linear.GPU_TOKENS == 4096
+    for arm in (*models.STORAGES, *models.FP8):
+        assert bars.bar_of(f"linear/{models.arm_name(arm)}/{layer}/4096-tokens") is not None

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_a_machine_without_a_number_meets_the_others() -> None:
     assert command[1:3] == ["-m", "torch.distributed.run"]
     assert value(command, "--rdzv_backend") == "c10d"
     assert value(command, "--rdzv_endpoint") == "127.0.0.1:29777"
-    assert value(command, "--rdzv_conf") == "is_host=true,join_timeout=77"
+    assert value(command, "--rdzv_conf") == "is_host=true,join_timeout=77,read_timeout=20"
     assert value(command, "--local_addr") == "127.0.0.1"
 
 
@@ -93,13 +94,29 @@ def test_a_machine_that_is_not_the_master_does_not_keep_the_rendezvous() -> None
     assert value(command, "--local_addr") == here
 
 
-def test_a_hostfile_goes_to_deepspeed(tmp_path: object) -> None:
-    hostfile = f"{tmp_path}/hostfile"
-    with open(hostfile, "w") as handle:
-        handle.write("a slots=8\nb slots=8\n")
-    command = dry("--hostfile", hostfile, "--master", "a")
+def test_a_hostfile_goes_to_deepspeed(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=8\nb slots=8\n")
+    command = dry("--hostfile", str(hostfile), "--master", "a")
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
-    assert value(command, "--hostfile") == hostfile and value(command, "--master_addr") == "a"
+    assert value(command, "--hostfile") == str(hostfile) and value(command, "--master_addr") == "a"
+
+
+def test_what_is_started_sees_no_pod_for_a_rank_and_knows_how_it_was_started(
+    tmp_path: Path,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        'echo "rank ${RANK-none} of ${WORLD_SIZE-none} at ${MASTER_ADDR-none}"\n'
+        'echo "$NPU_QAT_LAUNCH"\n'
+    )
+    python.chmod(0o755)
+    pod = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = script(*JOB, PYTHON=str(python), **pod)
+    first, launch = done.stdout.splitlines()
+    assert first == "rank none of none at none"
+    assert shlex.split(launch) == [str(SCRIPT), *JOB]
 
 
 @pytest.mark.parametrize(

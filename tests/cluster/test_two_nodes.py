@@ -21,11 +21,7 @@ from tests.experiments.running import configuration, metrics
 from tests.training.launching import BIN, ROOT, launch
 from tests.training.tiny import save_tiny_checkpoint
 
-REASON = why_not()
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = pytest.mark.distributed
 
 SCRIPT = ROOT / "scripts" / "launch_multinode.sh"
 PORT = 29517
@@ -36,6 +32,8 @@ SOON = 40.0
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Node, Node]]:
+    if reason := why_not():
+        pytest.skip(reason)
     with TwoNodes() as made:
         yield made
 
@@ -114,14 +112,20 @@ def await_step(output: Path, step: int, started: Sequence[subprocess.Popen[bytes
 # --- starting -------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(nodes: tuple[Node, Node], config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run by a rendezvous of both machines, and of what they said."""
+    folder = tmp_path_factory.mktemp("whole")
+    codes = finish(start_both(nodes, "rendezvous", train(config, folder / "run"), folder))
+    assert codes == [0, 0], said(folder, nodes[0])[-3000:] + said(folder, nodes[1])[-3000:]
+    return folder
+
+
 def test_a_rendezvous_gives_the_run_of_one_process(
-    nodes: tuple[Node, Node], config: Path, straight: Path, tmp_path: Path
+    nodes: tuple[Node, Node], straight: Path, whole: Path
 ) -> None:
-    job = train(config, tmp_path / "run")
-    codes = finish(start_both(nodes, "rendezvous", job, tmp_path))
-    assert codes == [0, 0], said(tmp_path, nodes[0])[-3000:] + said(tmp_path, nodes[1])[-3000:]
-    same_run(tmp_path / "run", straight)
-    printed = said(tmp_path, nodes[0]) + said(tmp_path, nodes[1])
+    same_run(whole / "run", straight)
+    printed = said(whole, nodes[0]) + said(whole, nodes[1])
     assert printed.count(f"w4a4 {STEPS}/{STEPS}") == 1, "one rank speaks"
 
 
@@ -254,17 +258,12 @@ def test_a_machine_that_does_not_reach_the_rendezvous_says_why(
 
 
 def test_a_killed_machine_ends_the_other_and_the_run_goes_on_digit_for_digit(
-    nodes: tuple[Node, Node], config: Path, straight: Path, tmp_path: Path
+    nodes: tuple[Node, Node], config: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Under the launcher for pods. The machines share no run directory: node-b sees an empty folder
-    of its own."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
+    """Under the launcher for pods; the whole run was under a rendezvous. The machines share no
+    run directory here: node-b sees an empty folder of its own."""
+    parts = tmp_path / "parts"
     parts.mkdir()
-    codes = finish(start_both(nodes, "pods", train(config, whole / "run"), whole, own=whole))
-    assert codes == [0, 0], said(whole, nodes[0])[-3000:]
-    same_run(whole / "run", straight)
-
     job = train(config, parts / "run")
     started = start_both(nodes, "pods", job, tmp_path, own=parts)
     await_step(parts / "run", 2, started)
@@ -310,7 +309,7 @@ def test_a_machine_whose_cable_is_pulled_ends_both_with_a_message(
 ) -> None:
     """No connection is closed: without a watch both would wait for half an hour."""
     job = train(config, tmp_path / "run", "--set", "train.steps=500")
-    started = start_both(nodes, "rendezvous", job, tmp_path)
+    started = start_both(nodes, "pods", job, tmp_path)
     try:
         await_step(tmp_path / "run", 2, started)
         nodes[1].unplug()
@@ -321,6 +320,6 @@ def test_a_machine_whose_cable_is_pulled_ends_both_with_a_message(
         for node in nodes:
             node.kill()
         nodes[1].plug()
-    assert all(code != 0 for code in codes)
+    assert codes == [75, 75]
     assert "node-b (rank 1): no sign of life" in said(tmp_path, nodes[0])
     assert f"node-a (rank 0), with the rendezvous at {nodes[0].address}" in said(tmp_path, nodes[1])

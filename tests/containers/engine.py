@@ -50,8 +50,8 @@ class Project:
             timeout=timeout,
         )
 
-    def succeed(self, *words: str, timeout: float = 300, **environ: str) -> str:
-        done = self.compose(*words, timeout=timeout, **environ)
+    def succeed(self, *words: str, timeout: float = 300) -> str:
+        done = self.compose(*words, timeout=timeout)
         assert done.returncode == 0, f"docker compose {' '.join(words)}\n{done.stdout[-8000:]}"
         return done.stdout
 
@@ -69,9 +69,8 @@ class Project:
         found: dict[str, Any] = json.loads(done.stdout)["services"][name]
         return found
 
-    def up(self, service: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        words = ["up", "--no-color", "--exit-code-from", service, service]
-        return self.compose(*words, **environ)
+    def up(self, service: str) -> subprocess.CompletedProcess[str]:
+        return self.compose("up", "--no-color", "--exit-code-from", service, service)
 
     def down(self) -> None:
         self.succeed("down", "--volumes", "--remove-orphans")

@@ -11,8 +11,8 @@ A line `<!-- blocks: slow -->` makes every block of a page slow. `<!-- blocks: c
 and runs them in a copy of the repository, in which `diff` blocks change the file of their title:
 what a recipe changes is the copy. A reason that names `runs/mine` gets a finished run there.
 
-A block with a `title="x"` is written to the file `x` in that folder and not run. `print(...)  # -> 3`
-promises a line of output. `text` blocks are output.
+A block with a `title="x"` is written to the file `x` in that folder and not run. A line
+`print(...)  # -> 3` promises its output. `text` blocks are output.
 """
 
 from __future__ import annotations

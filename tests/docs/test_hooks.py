@@ -1,4 +1,4 @@
-"""Links that work where the repository is shown as files, on a site that has pages only."""
+"""Links and docstrings that are written for the repository, on a site of Markdown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "scripts" / "manual" / "hooks.py")
+def load(name: str) -> ModuleType:
+    file = ROOT / "scripts" / "manual" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    return load("hooks")
 
 
 @pytest.mark.parametrize(
@@ -46,3 +51,16 @@ def test_a_link_that_leads_nowhere_is_a_warning(hooks: ModuleType) -> None:
     docs = ROOT / "docs"
     hooks.outside_links("[x](../no-such-file.py)", docs / "page.md", docs, warned.append)
     assert warned == ["docs/page.md: the link ../no-such-file.py leads to nothing"]
+
+
+def test_restructured_text_of_docstrings_becomes_markdown() -> None:
+    pytest.importorskip("griffe", reason="the extra 'docs' is not installed")
+    text = (
+        "As in::\n\n    x = 1\n\nRaises :class:`E` for a::b.\n\n"
+        "=====  =======\nname   meaning\n=====  =======\none    first\n       of a|b\ntwo    next\n"
+        "=====  =======\n\nEnd."
+    )
+    assert load("docstrings").as_markdown(text) == (
+        "As in:\n\n    x = 1\n\nRaises `E` for a::b.\n\n"
+        "\n| name | meaning |\n|---|---|\n| one | first of a\\|b |\n| two | next |\n\n\nEnd."
+    )

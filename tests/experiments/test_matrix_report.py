@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import subprocess
+import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +17,7 @@ from npu_qat.evaluation.significance import paired_t_test
 from npu_qat.experiments.matrix import Matrix, cells, load_matrix, matrix_path, shipped_matrices
 from npu_qat.experiments.matrix_pages import answers_page, pages, stale_pages, write_pages
 from npu_qat.experiments.matrix_report import Analysis, analyse, as_json, report_files
-from npu_qat.experiments.matrix_store import Store, unpack_outcomes
+from npu_qat.experiments.matrix_store import Store, code_digest, unpack_outcomes
 from tests.experiments.matrices import TEXT, fill, record, write_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +193,27 @@ def test_committed_results_add_up(name: str) -> None:
                 rate = sum(evaluation["nll"]) / sum(evaluation["answer_tokens"])
                 mean = evaluation["answer_perplexity"]["mean"]
                 assert math.exp(rate) == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_commit_of_a_code_is_taken_from_the_table(matrix: Matrix, tmp_path: Path) -> None:
+    cells_folder = tmp_path / "results" / "small" / "cells"
+    found = analysed(matrix, cells_folder)
+    [code] = {r["code"] for r in found.results}
+    (tmp_path / "results" / "commits.json").write_text(json.dumps({code: "0123456789ab"}))
+    assert "commit 0123456789ab" in report_files(matrix, cells_folder)["report.md"]
+
+
+def test_commits_that_are_named_for_a_code_hold_it(tmp_path: Path) -> None:
+    """The table of the committed results, against the history of this checkout."""
+    table = json.loads((RESULTS / "commits.json").read_text())
+    for code, commit in table.items():
+        git = ["git", "-C", str(ROOT), "archive", commit, "npu_qat"]
+        archive = subprocess.run(git, capture_output=True, check=False)
+        if archive.returncode:
+            pytest.skip(f"commit {commit} is not in this checkout's history")
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(tmp_path / commit, filter="data")
+        assert code_digest(tmp_path / commit / "npu_qat") == code
 
 
 def test_only_the_arms_that_the_file_names_are_drawn(matrix: Matrix, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from npu_qat.experiments.matrix import cells
 from npu_qat.experiments.matrix_run import Workplace, make_slots, run_cells
-from npu_qat.experiments.matrix_store import Store
+from npu_qat.experiments.matrix_store import Store, code_digest
 from tests.experiments.matrices import write_matrix
 
 # Answers "done" to every cell, after what the first argument says to do.
@@ -96,6 +96,43 @@ def test_a_cell_that_would_not_end_in_time_makes_room_for_a_shorter_one(
     )
     assert progress.done == ["start--s0"]
     assert progress.not_started == ["bf16--s0", "bf16--s1", "bf16--s2"]
+
+
+def test_with_little_time_a_known_length_goes_before_an_unknown_one(
+    tmp_path: Path, workplace: Workplace
+) -> None:
+    chosen = [c for c in cells(write_matrix(tmp_path)) if c.arm.name in ("bf16", "start", "late")]
+    progress = run_cells(
+        chosen,
+        Store(tmp_path / "results"),
+        workplace,
+        lambda text: None,
+        time_limit=30,
+        known={"start": 1.0, "other": 100.0},
+    )
+    assert progress.done == ["start--s0"]
+    assert progress.not_started == ["bf16--s0", "bf16--s1", "bf16--s2", "late--s0"]
+
+
+def test_what_was_stopped_goes_first_whatever_it_took(tmp_path: Path, workplace: Workplace) -> None:
+    """A folder with a checkpoint, of this configuration and this code."""
+    chosen = [c for c in cells(write_matrix(tmp_path)) if c.arm.name in ("bf16", "start")]
+    stopped, other_code = chosen[2], chosen[3]
+    for cell, code in ((stopped, code_digest()), (other_code, "0" * 12)):
+        folder = workplace.runs / f"{cell.id}--{cell.digest}--{code}" / "checkpoints" / "w4a4"
+        (folder / "step-1").mkdir(parents=True)
+    one = Workplace(workplace.command, workplace.runs, [{}])
+    progress = run_cells(
+        chosen,
+        Store(tmp_path / "results"),
+        one,
+        lambda text: None,
+        time_limit=30,
+        known={"bf16": 100.0, "start": 1.0},
+    )
+    assert stopped.arm.name == other_code.arm.name == "bf16"
+    assert progress.done == [stopped.id, "start--s0", *progress.done[2:]]
+    assert other_code.id not in progress.done[:2]
 
 
 def test_where_everything_fails_the_rest_is_spared(tmp_path: Path, workplace: Workplace) -> None:

@@ -42,7 +42,7 @@ def test_every_example_is_listed_in_the_documentation() -> None:
     assert EXAMPLES and all(f"examples/{name}" in page for name in EXAMPLES)
 
 
-@pytest.mark.parametrize("name", ["plain_loop.py", "hf_trainer.py"])
+@pytest.mark.parametrize("name", ["hf_trainer.py"])
 def test_an_example_trains_and_saves(name: str, tmp_path: Path) -> None:
     printed = run_example(name, tmp_path / "out")
     assert str(tmp_path / "out") in printed
@@ -50,9 +50,7 @@ def test_an_example_trains_and_saves(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [n for n in EXAMPLES if n not in ("plain_loop.py", "hf_trainer.py")]
-)
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n != "hf_trainer.py"])
 def test_a_larger_example_trains_and_saves(name: str, tmp_path: Path) -> None:
     run_example(name, tmp_path / "out")
     check_adapter(tmp_path / "out")
@@ -73,7 +71,7 @@ def test_the_trainer_s_adapter_goes_through_evaluate_and_export(
 ) -> None:
     run_example("hf_trainer.py", tmp_path / "out")
     capsys.readouterr()
-    task = ["task.levels=[1]", "task.train_size=8", "task.test_size=8", "evaluation.problems=4"]
+    task = ["task.levels=[1]", "task.test_size=8", "evaluation.problems=4"]
     settings = [part for text in task for part in ("--set", text)]
     adapter = str(tmp_path / "out")
     assert main(["evaluate", "--model", "demo", "--adapter", adapter, "--json", *settings]) == 0

@@ -66,14 +66,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def sft(checkpoint: Path, *names: str, **run: Any) -> dict[str, Any]:
-    """A run of three steps of SFT, in two arms."""
+def sft(checkpoint: Path, *names: str, baselines: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A run of three steps of SFT."""
     return configuration(
         checkpoint,
-        run={"device": "cpu", "threads": 1, "trackers": list(names), **run},
+        run={"device": "cpu", "threads": 1, "trackers": list(names)},
         noise={"enabled": False},
         train={"method": "sft", "steps": 3, "warmup_steps": 1, "lr": 1e-3},
-        evaluation={"problems": 4, "baselines": ["bf16_lora"]},
+        evaluation={"problems": 4, "baselines": list(baselines)},
     )
 
 
@@ -148,7 +148,7 @@ def test_every_tracker_of_the_configuration_exists_and_every_extra_too() -> None
 def test_a_run_shows_every_step_of_both_arms_and_survives_a_tracker(
     checkpoint: Path, fakes: list[Fake], tmp_path: Path
 ) -> None:
-    config = sft(checkpoint, "wandb", "mlflow", "tensorboard")
+    config = sft(checkpoint, "wandb", "mlflow", "tensorboard", baselines=("bf16_lora",))
     summary = carry_out(config, tmp_path / "run")
     good = fakes[0]
     assert [step for step, _ in good.rows] == [1, 2, 3, 1, 2, 3]
@@ -247,6 +247,7 @@ def test_wandb_offline_and_without_a_login(tmp_path: Path) -> None:
     assert "WANDB_MODE=offline" in refused
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_file_resumed_and_without_its_server(tmp_path: Path) -> None:
     needs("mlflow")
     assert [told("mlflow", tmp_path) for _ in range(2)] == ["STATE ok"] * 2  # the second resumes

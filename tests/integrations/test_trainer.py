@@ -28,6 +28,8 @@ from tests.integrations.setting import (
 from tests.training.launching import launch
 from tests.training.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
+
 LR, STEPS, BATCH = 1e-2, 4, 4
 ROLLOUT_NOISE = NOISE.model_copy(update={"apply_during": "rollout"})
 # What both sides use where the Trainer's default is another optimizer or schedule.

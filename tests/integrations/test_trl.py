@@ -21,6 +21,8 @@ from tests.integrations.setting import NOISE, adapters, arguments, equal
 
 trl = pytest.importorskip("trl", reason="TRL is the extra 'trl'")
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
+
 PATH = str(demo_model_path())
 ROLLOUT_NOISE = NOISE.model_copy(update={"apply_during": "rollout"})
 COMMON: dict[str, Any] = {

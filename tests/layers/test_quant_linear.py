@@ -427,3 +427,23 @@ def test_a_layer_is_an_nn_linear_that_describes_itself() -> None:
     assert (layer.in_features, layer.out_features) == (64, 48)
     text = repr(layer)
     assert "in_features=64" in text and "ascend950" in text and "packed" in text
+
+
+def test_autocast_in_another_dtype_than_the_layers_is_refused() -> None:
+    model = block()
+    prepare_model(model, Recipe())
+    half = block(torch.bfloat16)
+    prepare_model(half, Recipe())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"computes in torch.bfloat16, .* in torch.float32"):
+            model["layers"][0](rows())
+        assert half["layers"][0](rows(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_what_carries_a_gradient_serves_a_caller_without_one() -> None:
+    """A producer primes with a graph; the step that adds an adapter computes without one."""
+    shared: SharedInput[torch.Tensor] = SharedInput(2)
+    x = torch.ones(2, requires_grad=True)
+    shared.prime(x, 2 * x)
+    with torch.no_grad():
+        assert shared.get(x, torch.zeros_like).tolist() == [2.0, 2.0]

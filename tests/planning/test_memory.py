@@ -162,7 +162,9 @@ def test_checkpointing_and_packing_need_less() -> None:
     four = predict_memory(packed, Layout(), LOAD)
     assert again.total("update") < plain.total("update")
     assert four.phases["update"]["base"] < image.bytes_stored / 2
-    assert plain.phases["load"]["base in 16 bits"] == four.phases["load"]["base in 16 bits"]
+    # The 16-bit weights of a packed base are on the device in turns.
+    assert plain.phases["load"]["base in 16 bits"] == image.bytes_loaded
+    assert four.total("load") < plain.total("load") < 2 * image.bytes_loaded
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

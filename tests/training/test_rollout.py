@@ -159,6 +159,23 @@ def test_finished_rows_may_leave_at_any_time(
     assert (min(widths) == 20) == (threshold == 0.0)
 
 
+@pytest.mark.parametrize("vocabulary", [5, rollout.CHUNK, 3 * rollout.CHUNK + 7])
+def test_a_token_is_where_the_cumulative_sum_passes_the_uniform(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(64, vocabulary, generator=generator) ** 8
+    p[p < 0.3] = 0.0  # holes
+    p[:, -(vocabulary // 3) :] = 0.0  # and an end without mass, larger than a chunk
+    p[:, 0] += 1e-3
+    u = torch.rand(64, generator=generator, dtype=torch.float64)
+    u[:3] = torch.tensor([0.0, 1.0, 1.0 - 2**-53], dtype=torch.float64)
+    cumulative = p.double().cumsum(-1)
+    wanted = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+    wanted = wanted.minimum((p > 0).long().cumsum(-1).argmax(-1))
+    found = rollout._invert(p, u)
+    assert torch.equal(found, wanted)
+    assert (p.gather(1, found[:, None]) > 0).all()
+
+
 # --- the end --------------------------------------------------------------------------------
 
 

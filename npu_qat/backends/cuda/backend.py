@@ -293,9 +293,10 @@ class Fp8Backend(CudaBackend):
         values = (encoded.codes.float() * encoded.scales).to(encoded.dtype)
         return values.view(encoded.shape)
 
-    def prepare_weight(self, weight: PackedWeight) -> object:
-        """The scales of its rows; the bytes stay packed. ValueError: a row spans too much."""
-        return fp8.prepare_weight(weight, self.dequantize(weight, torch.float32))
+    def prepare_weight(self, weight: PackedWeight, *, resident: bool = False) -> object:
+        """The scales of its rows, and its E4M3 bytes if they are to stay; else they are decoded for
+        each product. ValueError: a row spans too much."""
+        return fp8.prepare_weight(weight, self.dequantize(weight, torch.float32), resident)
 
     def fused_linear(
         self,

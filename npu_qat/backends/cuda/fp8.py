@@ -24,7 +24,7 @@ the bytes of the weight are the time, and 4 bits are fewer than 8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,22 +57,24 @@ CAPABILITY = (8, 9)
 # Largest exponents of the two formats under a mantissa of 1.5.
 _E4M3_TOP = 8
 # Numbers of a row that a program encodes at a time, blocks that it decodes; warps of it.
-CHUNK, CHUNK_WARPS = 1024, 4
+CHUNK, CHUNK_WARPS = 2048, 4
 DECODE_TILE, DECODE_WARPS = 128, 4
 _launches: dict[tuple[Any, ...], CachedLaunch] = {}
 
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A packed weight [N, K] and what turns it into E4M3: it is decoded for each product.
+    """A packed weight [N, K] and what turns it into E4M3.
 
     Attributes:
         packed: codes and scale bytes.
         row_scales: fp32 [N, 1], powers of two.
+        decoded: E4M3 [N, K] over the row scales, or None: decoded for each product.
     """
 
     packed: PackedWeight
     row_scales: Tensor
+    decoded: Tensor | None = None
 
 
 @triton.jit
@@ -236,8 +238,10 @@ def encode_rows(x: Tensor, profile: Profile) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def prepare_weight(weight: PackedWeight, decoded: Tensor) -> Fp8Weight:
+def prepare_weight(weight: PackedWeight, decoded: Tensor, resident: bool = False) -> Fp8Weight:
     """``weight`` with the scales of its rows. ``decoded``: its values [N, K] in bf16 or fp32.
+
+    With ``resident`` its E4M3 bytes are kept: a byte a weight for the time of decoding it.
 
     Raises:
         ValueError: a row spans more than E4M3 holds.
@@ -253,7 +257,8 @@ def prepare_weight(weight: PackedWeight, decoded: Tensor) -> Fp8Weight:
             f"row {row} of the weight holds numbers from {small:.3g} to "
             f"{decoded[row].abs().max().item():.3g}; FP8 (E4M3) holds 17 octaves in a row"
         )
-    return Fp8Weight(weight, row_scales)
+    made = Fp8Weight(weight, row_scales)
+    return replace(made, decoded=decode_weight(made)) if resident else made
 
 
 def decode_weight(weight: Fp8Weight) -> Tensor:
@@ -285,7 +290,7 @@ def linear(
     """``x W^T + b`` [M, N] from E5M2 ``codes`` [M, K]; each 128 products are added up in fp32."""
     y: Tensor = torch._scaled_mm(
         codes,
-        decode_weight(weight).t(),
+        (decode_weight(weight) if weight.decoded is None else weight.decoded).t(),
         scale_a=row_scales,
         scale_b=weight.row_scales.t(),
         bias=bias,

@@ -255,7 +255,7 @@ class NpuBackend(EmulationBackend):
         )
         return dequantize(q, torch.float32).view(encoded.shape)
 
-    def prepare_weight(self, weight: PackedWeight) -> PreparedWeight:
+    def prepare_weight(self, weight: PackedWeight, *, resident: bool = False) -> PreparedWeight:
         """Codes and scales without a copy where their number of blocks is even; the dual-level
         matmul gets tiled codes."""
         assert weight.axis == 1, "check_fused lets only blocks along K through"

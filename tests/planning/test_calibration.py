@@ -1,0 +1,201 @@
+"""A fit finds the efficiencies that made its rows; its error is that of rows it has not seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npu_qat.planning.calibration import (
+    NEUTRAL,
+    calibrate,
+    errors,
+    facts_of,
+    fit,
+    layout_of,
+    least_squares,
+    load_of,
+    mark,
+    prediction_interval,
+    predictions,
+)
+from npu_qat.planning.efficiency import Efficiency, load_calibration, shipped_calibration
+from npu_qat.planning.hardware import HARDWARE, find_hardware
+from npu_qat.planning.memory import predict_memory
+from npu_qat.planning.steps import (
+    gathering_seconds,
+    micro_batch_work,
+    optimizer_seconds,
+    pass_seconds,
+    prefill_work,
+    token_seconds,
+    token_work,
+)
+
+H100 = HARDWARE["h100"]
+TRUE = Efficiency(
+    matmul=0.6,
+    activation_moves=4.0,
+    logit_moves=3.0,
+    layer_host_seconds=1.5e-3,
+    adapter_step_seconds=2e-5,
+    zero3_layer_seconds=4e-4,
+    link=0.5,
+    decode_weight_moves=1.3,
+    decode_cache_moves=2.0,
+    decode_logit_moves=9.0,
+    decode_layer_seconds=5e-5,
+    reserved=1.04,
+)
+MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
+
+
+def made_rows(true: Efficiency = TRUE) -> list[dict[str, Any]]:
+    """Rows of a device whose efficiencies are exactly ``true``."""
+    rows: list[dict[str, Any]] = [
+        {"kind": "collective", "processes": 2, "bytes": 1 << 28, "all_gather": 0.0},
+    ]
+    rows[0]["all_gather"] = rows[0]["bytes"] / 2 / (true.link * 450e9)
+    for model in MODELS:
+        common = {"model": model, "changes": {}, "bucket": None, "outside": 7}
+        for storage in ("image", "packed"):
+            for zero, processes in ((0, 1), (3, 2)):
+                for sequences, tokens, again in (
+                    (1, 512, False),
+                    (4, 2048, False),
+                    (8, 2048, True),
+                ):
+                    row = common | {
+                        "kind": "update",
+                        "storage": storage,
+                        "zero": zero,
+                        "processes": processes,
+                        "sequences": sequences,
+                        "tokens": tokens,
+                        "checkpointing": again,
+                        "ragged": True,
+                    }
+                    rows.append(row | times(row, true))
+            for sequences in (8, 64, 256):
+                row = common | {
+                    "kind": "decode",
+                    "storage": storage,
+                    "zero": 0,
+                    "processes": 1,
+                    "sequences": sequences,
+                    "prompt": 256,
+                    "new_tokens": 81,
+                    "recorded": True,
+                }
+                rows.append(row | times(row, true))
+    return rows
+
+
+def times(row: dict[str, Any], true: Efficiency) -> dict[str, float]:
+    facts, layout, load = facts_of(row), layout_of(row, H100), load_of(row)
+    phase = "rollout" if row["kind"] == "decode" else "update"
+    tensors = predict_memory(facts, layout, load).total(phase)
+    found = {"before": 1, "peak": tensors + 7, "reserved": (tensors + 7) * true.reserved}
+    if row["kind"] == "decode":
+        prefill = pass_seconds(prefill_work(facts, layout, load), H100, true)
+        token = token_seconds(token_work(facts, load), H100, true)
+        return found | {"prefill_seconds": prefill, "token_seconds": token}
+    work = micro_batch_work(facts, layout, load)
+    forward = micro_batch_work(facts, layout, load, backward=False)
+    return found | {
+        "micro_seconds": pass_seconds(work, H100, true)
+        + gathering_seconds(work, H100, true, layout),
+        "forward_seconds": pass_seconds(forward, H100, true),
+        "step_seconds": optimizer_seconds(facts, H100, true),
+    }
+
+
+def test_known_efficiencies_are_found_again() -> None:
+    found = fit(mark(made_rows()), H100)
+    for name, value in TRUE.__dict__.items():
+        assert getattr(found, name) == pytest.approx(value, rel=0.03), name
+
+
+def test_larger_models_are_kept_for_the_test() -> None:
+    rows = mark(made_rows())
+    fitted = {row["model"] for row in rows if row.get("fitted")}
+    assert fitted == {"qwen2.5-0.5b", "qwen2.5-1.5b"}
+    more = mark([row | {"processes": 4} for row in made_rows()])
+    assert not any(row.get("fitted") for row in more)
+
+
+def test_the_error_is_that_of_rows_that_were_not_fitted() -> None:
+    rows = mark(made_rows())
+    found = errors(predictions(rows, H100, fit(rows, H100)))
+    assert set(found) == {
+        "update memory", "rollout memory", "update time", "update time, ZeRO-3", "forward time",
+        "decoding time", "prefill time",
+    }  # fmt: skip
+    assert all(error.worst == pytest.approx(1, rel=0.05) for error in found.values())
+    assert found["update memory"].worst == pytest.approx(1)
+    # Twice as slow where the fit did not look.
+    slower = [
+        row | {"micro_seconds": 2 * row["micro_seconds"]}
+        if row.get("fitted") is False and "micro_seconds" in row
+        else row
+        for row in rows
+    ]
+    assert fit(slower, H100) == fit(rows, H100)
+    worse = errors(predictions(slower, H100, fit(slower, H100)))
+    assert worse["update time"].worst == pytest.approx(2, rel=0.05)
+
+
+def test_coefficients_are_never_negative() -> None:
+    assert least_squares([(1, 0), (0, 1), (1, 1)], [2, 3, 5]) == pytest.approx([2, 3])
+    found = least_squares([(1, 1), (2, 1), (3, 1)], [1, 3, 5])  # the exact one has -1
+    assert min(found) >= 0 and found[0] > 0
+
+
+def test_an_interval_holds_what_the_spread_says() -> None:
+    ratios = [0.9, 1.0, 1.1, 1.05, 0.95]
+    error = prediction_interval(ratios)
+    logs = [math.log(r) for r in ratios]
+    mean = sum(logs) / 5
+    sd = math.sqrt(sum((x - mean) ** 2 for x in logs) / 4)
+    assert error.high == pytest.approx(math.exp(mean + 2.776 * sd * math.sqrt(1.2)))
+    assert (error.rows, error.worst) == (5, 0.9)
+    assert error.low < min(ratios) and error.high > max(ratios)
+    single = prediction_interval([1.3])
+    assert (single.low, single.high) == (1.0, 1.3)
+
+
+def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    for text in ("", "{}", "[]", '{"rows": 3, "environment": {}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"no result of python -m npu_qat\.planning\.measure"):
+            calibrate(file, H100)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        load_calibration(file)
+
+
+def test_too_few_rows_and_unknown_peaks_are_refused() -> None:
+    few = mark([row for row in made_rows() if row["kind"] != "decode"])
+    with pytest.raises(ValueError, match="at least 4 updates and 3 rollouts"):
+        fit(few, H100)
+    with pytest.raises(ValueError, match="needs the peaks of the device: --tflops"):
+        fit(mark(made_rows()), find_hardware("ascend-950dt"))
+
+
+def test_a_calibration_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    environment = {"accelerator": "chip", "processor": "host"}
+    file.write_text(json.dumps({"rows": made_rows(), "environment": environment}))
+    made = calibrate(file, H100)
+    assert (made.device, made.source) == ("chip", "rows.json")
+    copy = tmp_path / "calibration.json"
+    copy.write_text(json.dumps(made.as_dict()))
+    assert load_calibration(copy) == made
+    shipped = shipped_calibration()
+    assert shipped is None or 0 < shipped.efficiency.matmul <= 1
+    assert made.error("update time") is not None and made.error("nothing") is None
+    assert replace(NEUTRAL, matmul=0.5) != NEUTRAL
