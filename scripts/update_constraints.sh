@@ -13,6 +13,7 @@ resolve() {
     printf '%s\n' "$@" >"$work/pins.txt"
     grep -v '^torch-npu==' "$file" >"$work/out.txt"
     uv pip compile --quiet --universal --python-version 3.10 --no-sources --extra dev \
+        --extra wandb --extra mlflow --extra swanlab \
         --no-annotate --no-header --constraint "$work/pins.txt" --output-file "$work/out.txt" \
         pyproject.toml
     { grep '^#' "$file"; grep -vE '^(nvidia-|cuda-|triton==)|emscripten' "$work/out.txt"; } \

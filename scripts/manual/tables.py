@@ -165,20 +165,17 @@ def rooms() -> str:
 def answers(words: str) -> str:
     """Markdown: what the runs on the demo model say to the questions that hold ``words``."""
     file = ROOT / "docs" / "results" / "rl-demo" / "report.json"
-    found = [
-        answer
-        for answer in json.loads(file.read_text(encoding="utf-8"))["answers"]
-        if words in answer["question"] and answer["estimate"] is not None
-    ]
+    asked = json.loads(file.read_text(encoding="utf-8"))["answers"]
+    found = [answer for answer in asked if words in answer["question"]]
     if not found:
-        raise ValueError(f"{file}: no answer to a question with {words!r}")
+        raise ValueError(f"{file}: there is no question with {words!r}")
     lines = ["| question | points | 95 % interval | seeds | answer |", "|---|---:|---|---:|---|"]
     for answer in found:
-        low, high = 100 * answer["low"], 100 * answer["high"]
-        lines.append(
-            f"| {answer['question']} | {100 * answer['estimate']:+.1f} | "
-            f"{low:+.1f} to {high:+.1f} | {len(answer['seeds'])} | {answer['words']} |"
-        )
+        numbers = " | | "
+        if answer["estimate"] is not None:
+            points, low, high = (100 * answer[key] for key in ("estimate", "low", "high"))
+            numbers = f"{points:+.1f} | {low:+.1f} to {high:+.1f} | {len(answer['seeds'])}"
+        lines.append(f"| {answer['question']} | {numbers} | {answer['words']} |")
     return "\n".join(lines)
 
 
@@ -214,6 +211,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile-docs": profile_docs,
     "rooms": rooms,
     "answers-estimator": lambda: answers("straight-through estimator"),
-    "answers-noise": lambda: answers("global noise"),
+    "answers-noise": lambda: answers("Does global noise help"),
     "demo-numbers": demo_numbers,
 }
