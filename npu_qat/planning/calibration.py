@@ -47,6 +47,7 @@ Row = dict[str, Any]
 # Coefficients that stand in for ones that no row tells: no cost.
 NEUTRAL = Efficiency(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, None, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
 ROUNDS = 20
+LEAST_UPDATES, LEAST_ROLLOUTS = 4, 2
 # Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom, then the normal's.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -162,10 +163,10 @@ def fit(rows: Sequence[Row], hardware: Hardware) -> Efficiency:
     updates = [row for row in rows if row["kind"] == "update"]
     decodes = [row for row in rows if row["kind"] == "decode"]
     plain = [row for row in updates if row["zero"] == 0 and row["processes"] == 1]
-    if len(plain) < 4 or len(decodes) < 2:
+    if len(plain) < LEAST_UPDATES:
         raise ValueError(
-            "a calibration needs, of each model's others, at least 4 updates and 2 rollouts in one "
-            f"process, but found {len(plain)} and {len(decodes)}"
+            f"a calibration needs at least {LEAST_UPDATES} updates in one process, of each model's "
+            f"others, but found {len(plain)}"
         )
     numbers = NEUTRAL.__dict__ | _fit_passes(plain, hardware)
     numbers["adapter_step_seconds"] = statistics.median(
@@ -173,7 +174,8 @@ def fit(rows: Sequence[Row], hardware: Hardware) -> Efficiency:
         / (2 * facts_of(row).adapted_linears)
         for row in plain
     )
-    numbers |= _fit_tokens(decodes, hardware, numbers["matmul"])
+    if len(decodes) >= LEAST_ROLLOUTS:
+        numbers |= _fit_tokens(decodes, hardware, numbers["matmul"])
     numbers["link"] = _link(rows, hardware)
     pools = [row["reserved"] / row["peak"] for row in (*updates, *decodes) if "reserved" in row]
     numbers["reserved"] = max(pools, default=1.0)
@@ -333,12 +335,15 @@ def predictions(rows: Sequence[Row], hardware: Hardware) -> list[dict[str, Any]]
         mine = [row for row in measured if facts_of(row).parameters == size]
         others = [row for row in rows if row not in mine]
         efficiency = fit(others, hardware)
+        decoding = sum(row["kind"] == "decode" for row in others) >= LEAST_ROLLOUTS
         for row in mine:
-            found += _of_row(row, hardware, efficiency)
+            found += _of_row(row, hardware, efficiency, decoding=decoding)
     return found
 
 
-def _of_row(row: Row, hardware: Hardware, efficiency: Efficiency) -> list[dict[str, Any]]:
+def _of_row(
+    row: Row, hardware: Hardware, efficiency: Efficiency, *, decoding: bool
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def add(quantity: str, measured: float, predicted: float) -> None:
@@ -350,7 +355,7 @@ def _of_row(row: Row, hardware: Hardware, efficiency: Efficiency) -> list[dict[s
     if row["kind"] == "decode":
         if row["before"]:  # on a CPU a library's scratch memory is all that one sees
             add("rollout memory", *memory_of(row, hardware))
-        if row["recorded"] or hardware.kind != "cuda":
+        if decoding and (row["recorded"] or hardware.kind != "cuda"):
             token = token_seconds(token_work(facts, load), hardware, efficiency)
             add("decoding time", row["token_seconds"], token)
         prefill = prefill_work(facts, layout, load)
@@ -405,6 +410,8 @@ def calibrate(path: Path, hardware: Hardware) -> Calibration:
         raise ValueError(
             f"--calibrate {path}: no result of python -m npu_qat.planning.measure: {error}"
         ) from error
+    if sum(row["kind"] == "decode" for row in rows) < LEAST_ROLLOUTS:
+        raise ValueError(f"--calibrate {path}: needs at least {LEAST_ROLLOUTS} rollouts")
     efficiency = fit(rows, hardware)
     tested = errors(predictions(rows, hardware))
     device = environment.get("accelerator") or environment["processor"]

@@ -547,7 +547,29 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------- processes
 
 
-def work(device: str, slot: int, rows: Path, deadline: float) -> None:
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of an earlier result; none without one.
+
+    Raises ``ValueError`` if it is no result.
+    """
+    if path is None:
+        return []
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--add {path}: no result of this program: {error}") from error
+    return rows
+
+
+def is_measured(job: Job, processes: int, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether ``rows`` have an update of ``job``."""
+    mine = (job.model, job.storage, job.zero, job.changes, processes)
+    keys = ("model", "storage", "zero", "changes", "processes")
+    updates = [row for row in rows if row["kind"] == "update"]
+    return any(tuple(row[key] for key in keys) == mine for row in updates)
+
+
+def work(device: str, slot: int, rows: Path, deadline: float, earlier: Path | None) -> None:
     """The body of one process of group ``slot``; rank 0 appends its rows to ``rows``."""
     from npu_qat.backends import select
     from npu_qat.training.engine import launch_environment, shut_down, world
@@ -566,8 +588,10 @@ def work(device: str, slot: int, rows: Path, deadline: float) -> None:
     if slot == 0:
         worker.probe()
         worker.collectives()
+    done = read_rows(earlier)
     for job in jobs(selection.device.type, processes, slot):
-        worker.run(job)
+        if not is_measured(job, processes, done):
+            worker.run(job)
     shut_down()
 
 
@@ -579,8 +603,11 @@ def _groups(device: str, devices: int) -> Iterator[tuple[int, list[int]]]:
             yield processes, [slot for slot in slots if jobs(device, processes, slot)]
 
 
-def measure(device: str, devices: int, seconds: float, rows: Path) -> None:
-    """Run all rounds within about ``seconds``; rows are appended to ``rows``."""
+def measure(
+    device: str, devices: int, seconds: float, rows: Path, earlier: Path | None = None
+) -> None:
+    """Run all rounds within about ``seconds``, without what ``earlier`` has; rows are appended to
+    ``rows``."""
     rounds = list(_groups(device, devices))
     ends = time.time() + seconds
     for left, (processes, slots) in zip(range(len(rounds), 0, -1), rounds, strict=True):
@@ -589,7 +616,7 @@ def measure(device: str, devices: int, seconds: float, rows: Path) -> None:
         if left == len(rounds) > 1:
             share = 0.42 * seconds
         deadline = time.time() + share - 5.0
-        running = [_start(device, processes, slot, rows, deadline) for slot in slots]
+        running = [_start(device, processes, slot, rows, deadline, earlier) for slot in slots]
         for process in running:
             try:
                 process.wait(timeout=max(1.0, deadline + GRACE_SECONDS - time.time()))
@@ -599,7 +626,7 @@ def measure(device: str, devices: int, seconds: float, rows: Path) -> None:
 
 
 def _start(
-    device: str, processes: int, slot: int, rows: Path, deadline: float
+    device: str, processes: int, slot: int, rows: Path, deadline: float, earlier: Path | None
 ) -> subprocess.Popen[bytes]:
     """Start the processes of a group on devices of their own."""
     words = [sys.executable, "-m"]
@@ -608,6 +635,7 @@ def _start(
         words += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "-m"]
     words += ["npu_qat.planning.measure", "--work", str(slot), "--device", device]
     words += ["--json", str(rows), "--deadline", str(deadline)]
+    words += [] if earlier is None else ["--add", str(earlier)]
     mine = ",".join(str(slot * processes + i) for i in range(processes))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if device != "cpu":
@@ -632,24 +660,29 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="npu, cuda or cpu; default: auto")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="1, 2 or 4 (1)")
     parser.add_argument("--seconds", type=float, default=150.0, help="time for all of it (150)")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="an earlier result: measure the rest, keep both"
+    )
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        work(args.device, args.work, args.json, args.deadline)
+        work(args.device, args.work, args.json, args.deadline, args.add)
         return 0
     from npu_qat.backends import select
     from npu_qat.experiments.environment import describe_environment
 
     selection = select(args.device)
     device = selection.device.type
+    earlier = read_rows(args.add)
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         rows.touch()
         try:
-            measure(device, args.devices, args.seconds, rows)
+            measure(device, args.devices, args.seconds, rows, args.add)
         finally:
-            found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+            lines = rows.read_text(encoding="utf-8").splitlines()
+            found = earlier + [json.loads(line) for line in lines]
             described = {
                 "command": f"python -m npu_qat.planning.measure --devices {args.devices} "
                 f"--seconds {args.seconds:g}",

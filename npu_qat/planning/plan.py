@@ -1,9 +1,10 @@
 """From a model, devices and a configuration to layouts: what fits, how fast, which one to take.
 
 A layout is a ZeRO stage, a storage of the base, and gradient checkpointing or not. For each the
-largest rollout batch and the largest micro-batch that fit are found (both grow memory, so the first
-that fits from above is the largest), then the time of a step. The layout to take is the fastest one
-that fits; without the figures for times, the one with the largest micro-batch, and of equals the
+largest rollout batch and the largest micro-batch that fit are found (both grow memory, so bisection
+finds them), then the time of a step; a packed base is also tried with rollout batches that are
+small enough for the kernel that reads packed weights. The layout to take is the fastest one that
+fits; without the figures for times, the one with the largest micro-batch, and of equals the
 simplest: the first in the order of stages.
 """
 
@@ -29,7 +30,7 @@ from npu_qat.planning.memory import (
     predict_memory,
 )
 from npu_qat.planning.model import build_on_meta, known_models, read_architecture
-from npu_qat.planning.steps import StepTime, predict_step
+from npu_qat.planning.steps import PACKED_ROWS, StepTime, predict_step
 
 # Outside of the allocator: the context of the device, its libraries, buffers of collectives. An
 # assumption, which --reserve-gib replaces.
@@ -240,9 +241,9 @@ def make_plan(
         if storage not in facts:
             facts[storage] = _facts(config, model, architecture, storage, hardware)
         given = (config, facts[storage], storage, lengths, hardware, calibration, reserve)
-        candidate = _candidate(layout, *given)
+        candidate = _fastest(layout, *given)
         if not candidate.fits and layout.baseline != "none":
-            without = _candidate(replace(layout, baseline="none"), *given)
+            without = _fastest(replace(layout, baseline="none"), *given)
             candidate = without if without.fits else candidate
         candidates.append(candidate)
     return ScalePlan(
@@ -325,6 +326,18 @@ def _fuses(recipe: Recipe) -> bool:
     return whole and not recipe.rotates and recipe.matmul != "emulated"
 
 
+def _fastest(layout: Layout, config: RunConfig, facts: ModelFacts, *given: Any) -> Candidate:
+    """With all rollout rows that fit, or so few that a kernel reads packed weights as they are."""
+    most = config.rollout.batch_size
+    full = _candidate(layout, config, facts, *given, most_rows=most)
+    if not facts.packed or most <= PACKED_ROWS:
+        return full
+    few = _candidate(layout, config, facts, *given, most_rows=PACKED_ROWS)
+    if full.time is None or few.time is None:
+        return full
+    return min(full, few, key=lambda c: c.time.total if c.time else math.inf)
+
+
 def _candidate(
     layout: Layout,
     config: RunConfig,
@@ -334,6 +347,8 @@ def _candidate(
     hardware: Hardware,
     calibration: Calibration | None,
     reserve: float,
+    *,
+    most_rows: int,
 ) -> Candidate:
     assert hardware.memory is not None
     layout = replace(layout, bucket=_bucket(facts, layout))
@@ -347,7 +362,7 @@ def _candidate(
     rows = 0
     if config.train.method == "dapo" and config.rollout.engine == "hf":
         sampled = _rollout_rows(config, layout.devices)
-        rows = _largest(min(config.rollout.batch_size, sampled), lambda n: fits(1, n, 1))
+        rows = _largest(min(most_rows, sampled), lambda n: fits(1, n, 1))
         rows = _even(sampled, rows)
     evaluated = 0
     if config.evaluation.metric == "accuracy":

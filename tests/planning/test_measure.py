@@ -20,8 +20,10 @@ from npu_qat.planning.measure import (
     Job,
     Update,
     Worker,
+    is_measured,
     jobs,
     profiled_peak,
+    read_rows,
     update_batches,
 )
 from npu_qat.planning.model import known_models
@@ -70,6 +72,21 @@ def test_a_failing_job_is_a_row_and_the_next_one_runs() -> None:
     assert rows[1]["flops"] > 0 and rows[1]["bandwidth"] > 0
 
 
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    job = Job("qwen2.5-0.5b", "image", zero=2)
+    row = {"kind": "update", "model": job.model, "storage": "image", "zero": 2, "changes": {}}
+    assert is_measured(job, 2, [row | {"processes": 2}])
+    assert not is_measured(job, 2, [row | {"processes": 4}])
+    assert not is_measured(job, 2, [row | {"processes": 2, "kind": "decode"}])
+    assert read_rows(None) == []
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"rows": [row]}))
+    assert read_rows(file) == [row]
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="no result of this program"):
+        read_rows(file)
+
+
 def test_out_of_time_nothing_begins() -> None:
     rows: list[dict[str, Any]] = []
     worker = Worker(select("cpu", "reference"), time.time() - 1, rows.append)
@@ -80,7 +97,7 @@ def test_out_of_time_nothing_begins() -> None:
 @pytest.mark.slow
 def test_a_measurement_can_be_predicted(tmp_path: Path) -> None:
     """From the command to rows that calibration reads."""
-    from npu_qat.planning.calibration import mark, memory_of
+    from npu_qat.planning.calibration import memory_of
     from npu_qat.planning.hardware import Hardware
     from npu_qat.training.engine import launch_environment
 
@@ -99,5 +116,5 @@ def test_a_measurement_can_be_predicted(tmp_path: Path) -> None:
     job = Job("qwen2.5-1.5b", "packed", updates=(Update(2, 64),), decodes=(Decode(2, 8),))
     worker.run(replace(job, changes=SMALL))
     assert [row["kind"] for row in rows] == ["build", "update", "decode"], rows
-    measured, predicted = memory_of(mark(rows)[1], Hardware("host", "cpu"))
+    measured, predicted = memory_of(rows[1], Hardware("host", "cpu"))
     assert measured == pytest.approx(predicted, rel=0.1)

@@ -14,7 +14,7 @@ from npu_qat.planning.plan import RESERVE_GIB, Lengths, ScalePlan, make_plan, re
 
 LENGTHS = Lengths(200, 600)
 SOME = Calibration(
-    Efficiency(0.6, 4.0, 3.0, 1e-3, 2e-5, 4e-4, 0.5, 1.3, 2.0, 9.0, 5e-5, 1.05),
+    Efficiency(0.6, 4.0, 3.0, 1e-3, 2e-3, 2e-5, 4e-4, 0.5, 1.3, 2.0, 9.0, 5e-5, 1.05),
     {"update time": Error(9, 0.8, 1.3, 1.2), "decoding time": Error(4, 0.9, 1.1, 1.1)},
 )
 
@@ -124,6 +124,27 @@ def test_a_device_that_multiplies_codes_keeps_them_beside_the_image() -> None:
     assert stored("ascend-950dt") - stored("h100") == quantized * 17 // 32
     assert stored("ascend-950dt", "quant.matmul=emulated") == stored("h100")
     assert stored("ascend-950dt", "quant.injection_point=weight") == stored("h100")
+
+
+def test_stage_3_has_no_time_where_nobody_measured_it() -> None:
+    unknown = replace(SOME, efficiency=replace(SOME.efficiency, zero3_layer_seconds=None))
+    plan = make_plan(config_of("qwen2.5-1.5b"), HARDWARE["h100"], 2, unknown, lengths=LENGTHS)
+    assert {c.layout.zero for c in plan.candidates if c.time is None} == {3}
+    assert plan.best is not None and plan.best.time is not None
+
+
+def test_a_packed_base_may_decode_few_rows_faster() -> None:
+    free = replace(SOME.efficiency, decode_layer_seconds=0.0, decode_logit_moves=0.0)
+    cheap = replace(SOME, efficiency=replace(free, decode_cache_moves=0.0))
+    dear = replace(SOME, efficiency=replace(free, decode_layer_seconds=1.0))
+
+    def rows(calibration: Calibration) -> int:
+        plan = make_plan(
+            config_of("qwen2.5-72b"), HARDWARE["h200"], 8, calibration, lengths=LENGTHS
+        )
+        return next(c for c in plan.candidates if c.name == "ZeRO-0, packed").load.rollout_rows
+
+    assert rows(cheap) == 64 < rows(dear)
 
 
 def test_unknown_memory_is_asked_for() -> None:

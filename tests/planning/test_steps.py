@@ -86,10 +86,12 @@ def test_a_better_device_is_faster(facts: ModelFacts, change: dict[str, float]) 
 
 def test_a_slow_host_is_what_is_waited_for(facts: ModelFacts) -> None:
     work = micro_batch_work(facts, Layout(), LOAD)
-    efficiency = replace(NEUTRAL, layer_host_seconds=1.0)
-    assert pass_seconds(work, CHIP, efficiency) == facts.layers * 2
+    efficiency = replace(NEUTRAL, forward_host_seconds=1.0, backward_host_seconds=3.0)
+    assert pass_seconds(work, CHIP, efficiency) == facts.layers * (1 + 3)
     again = micro_batch_work(facts, Layout(checkpointing=True), LOAD)
-    assert pass_seconds(again, CHIP, efficiency) == facts.layers * 3
+    assert pass_seconds(again, CHIP, efficiency) == facts.layers * (2 + 3)
+    alone = micro_batch_work(facts, Layout(), LOAD, backward=False)
+    assert pass_seconds(alone, CHIP, efficiency) == facts.layers
 
 
 def test_decoding_reads_what_is_stored() -> None:
