@@ -61,10 +61,12 @@ class Clock:
 
     def measure(self, calls: Mapping[str, Call], *, repeats: int | None = None) -> dict[str, Times]:
         """Times of each function, sampled in turns: first of each, second of each, and so on."""
-        for call in calls.values():
-            self._warm(call)
+        warm = {name: self._warm(call) for name, call in calls.items()}
         sample = self._wall_sample if self.device.type == "cpu" else self._event_sample
-        inner = {name: self._inner(call) for name, call in calls.items()}
+        if self.device.type == "cpu":
+            inner = {name: self._inner(call) for name, call in calls.items()}
+        else:  # what is long needs no call before each sample
+            inner = {name: int(seconds < LONG_SECONDS) for name, seconds in warm.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats or self.repeats):
             for name, call in calls.items():
@@ -83,21 +85,26 @@ class Clock:
             for name, times in found.items()
         }
 
-    def _warm(self, call: Call) -> None:
-        """At least ``warm_up`` calls; of a short one so many that clocks and caches settle."""
+    def _warm(self, call: Call) -> float:
+        """At least ``warm_up`` calls; of a short one so many that clocks and caches settle.
+
+        Returns the seconds of a call.
+        """
         start = time.perf_counter()
-        for done in range(1, 20 * self.warm_up + 1):
+        done = 0
+        while done < 20 * self.warm_up:
             call()
+            done += 1
             if done >= self.warm_up and time.perf_counter() - start > WARM_SECONDS:
                 break
-
-    def _inner(self, call: Call) -> int:
-        """Calls in a sample; on a device 1, or 0 for a long one that needs no call before it."""
-        start = time.perf_counter()
-        call()
         if self.device.type != "cpu":
             accelerator(self.device).synchronize()
-            return int(time.perf_counter() - start < LONG_SECONDS)
+        return (time.perf_counter() - start) / max(done, 1)
+
+    def _inner(self, call: Call) -> int:
+        """Calls in a sample on a CPU."""
+        start = time.perf_counter()
+        call()
         return max(1, int(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
 
     def _wall_sample(self, call: Call, inner: int) -> float:

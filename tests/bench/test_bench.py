@@ -31,7 +31,7 @@ def test_functions_are_sampled_in_turns() -> None:
     calls: list[str] = []
     clock = Clock(CPU, repeats=3, warm_up=0)
     clock._inner = lambda call: 1  # type: ignore[method-assign]
-    clock._warm = lambda call: None  # type: ignore[method-assign]
+    clock._warm = lambda call: 0.0  # type: ignore[method-assign]
     times = clock.measure({name: lambda name=name: calls.append(name) for name in "ab"})
     assert calls == list("ababab")
     assert len(times["a"].samples) == 3
