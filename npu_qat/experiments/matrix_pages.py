@@ -11,6 +11,9 @@ from pathlib import Path
 
 from npu_qat.experiments.matrix import load_matrix, matrix_path, shipped_matrices
 from npu_qat.experiments.matrix_report import (
+    ONE_SEED,
+    ONE_SEED_ALONE,
+    TOO_FEW,
     TOPICS,
     Analysis,
     Answer,
@@ -113,7 +116,9 @@ def _in_words(answers: list[Answer], found: Analysis) -> str:
         "better",
         "worse",
         "no effect found",
-        "one seed: interval over problems, not tested",
+        TOO_FEW,
+        ONE_SEED,
+        ONE_SEED_ALONE,
         "not yet measured",
     )
     counts = [f"{kind}: {words.count(kind)}" for kind in kinds if kind in words]

@@ -40,6 +40,11 @@ from npu_qat.experiments.matrix_plots import Dot, curve_plot, dot_plot
 from npu_qat.experiments.matrix_store import Store, unpack_outcomes
 
 LEVEL = 0.05
+# With fewer seeds the interval is so wide that to find nothing says nothing.
+ENOUGH_SEEDS = 3
+TOO_FEW = "two seeds: too few to tell"
+ONE_SEED = "one seed: interval over problems, not tested"
+ONE_SEED_ALONE = "one seed: not tested"
 COMMITS = "commits.json"
 Result = dict[str, Any]
 
@@ -153,9 +158,9 @@ class Answer:
         if self.estimate is None:
             return "not yet measured"
         if self.p_holm is None:
-            return "one seed: interval over problems, not tested"
+            return ONE_SEED if self.low is not None else ONE_SEED_ALONE
         if self.p_holm >= LEVEL:
-            return "no effect found"
+            return "no effect found" if len(self.seeds) >= ENOUGH_SEEDS else TOO_FEW
         return "better" if scale.better(self.estimate) else "worse"
 
 
@@ -725,7 +730,7 @@ def answer_table(answers: Sequence[Answer], scale: Scale) -> Table:
     body = []
     for a in answers:
         if a.estimate is None:
-            body.append([a.contrast.question, "", "", "", "", a.words(scale)])
+            body.append([a.contrast.question, "", "", "", "", "", a.words(scale)])
             continue
         interval = ""
         if a.low is not None and a.high is not None:
@@ -733,8 +738,11 @@ def answer_table(answers: Sequence[Answer], scale: Scale) -> Table:
         p = "" if a.p is None else _p_text(a.p)
         corrected = "" if a.p_holm is None else _p_text(a.p_holm)
         estimate = scale.difference(a.estimate)
-        body.append([a.contrast.question, estimate, interval, p, corrected, a.words(scale)])
-    return Table(["question", "difference", "95 % interval", "p", "p (Holm)", "answer"], body)
+        seeds = str(len(a.seeds))
+        question = a.contrast.question
+        body.append([question, estimate, interval, seeds, p, corrected, a.words(scale)])
+    head = ["question", "difference", "95 % interval", "seeds", "p", "p (Holm)", "answer"]
+    return Table(head, body)
 
 
 def _p_text(p: float) -> str:

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["start-w4a4", "w4a4"])
 def test_a_committed_cpu_row_is_reproduced(arm: str, tmp_path: Path) -> None:
-    """On the processor and the torch that made it; another one may round sums otherwise, and must
+    """By its code, on its processor and with its torch; others may round sums otherwise, and must
     then land within the row's interval over problems."""
     planned = cells(
         load_matrix(matrix_path("smoke")), overrides=[Override(("run", "device"), "cpu", "test")]
@@ -30,7 +30,8 @@ def test_a_committed_cpu_row_is_reproduced(arm: str, tmp_path: Path) -> None:
     assert again["status"] == "done", again.get("error")
     before, after = (r["evaluations"][arm] for r in (committed, again))
     same = ("processor", "versions")
-    if all(committed["environment"][k] == again["environment"][k] for k in same):
+    alike = all(committed["environment"][k] == again["environment"][k] for k in same)
+    if alike and committed["code"] == again["code"]:
         assert after["outcomes"] == before["outcomes"]
         assert again.get("adapter") == committed.get("adapter")
     else:
