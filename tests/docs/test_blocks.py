@@ -145,9 +145,7 @@ def test_the_blocks_run(page: str, workplace: Path) -> None:
 @pytest.mark.parametrize("page", COPY)
 def test_the_recipe_works_in_a_copy_of_the_repository(page: str, workplace: Path) -> None:
     for name in ("npu_qat", "tests", "scripts", "docs"):
-        shutil.copytree(
-            ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__", "cells")
-        )
+        shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__", "cells"))
     for name in ("pyproject.toml", "Makefile", "mkdocs.yml"):
         shutil.copy(ROOT / name, name)
     run_page(to_run(page, slow=True), workplace, copy=True)

@@ -28,8 +28,8 @@ def run_case(stage: int, micro: int, dtype: torch.dtype) -> dict[str, Any]:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
-    # Sums in another order differ in their last bits, and through a larger step that is enough to
-    # move an activation across the threshold between two 4-bit codes, which is no last bit any more.
+    # Sums in another order differ in their last bits. Through a larger step that is enough to move
+    # an activation across the threshold between two 4-bit codes, which is no last bit any more.
     train = TrainConfig(lr=3e-4, micro_batch_size=micro, weight_decay=0.1)
     engine = Engine(adapted.train(), train, DeepSpeedSection(zero_stage=stage))
     config = RunConfig(
