@@ -75,7 +75,7 @@ def refuse_model(quantized: QuantizedModel, model: nn.Module, args: TrainingArgu
             "PEFT's own LoRA layer does not know the recipe's lora_input and lora_output; add the "
             "adapters by npu_qat.add_lora"
         )
-    # The backward pass would fail: its operands have the dtypes of both.
+    # The layers compute in the dtype that they were prepared in.
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     for path, layer in quantized.layers.items():
         if autocast not in (None, layer.dtype):

@@ -297,12 +297,12 @@ class Trackers:
 def without_secrets(error: BaseException) -> str:
     """``error`` as a line of text without passwords in addresses and without the values of
     environment variables that look like secrets."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
     for name, value in os.environ.items():
-        if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name) and len(value) > 5:
+        if re.search(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.I) and len(value) > 5:
             text = text.replace(value, "***")
-    return text
+    return text[:300]  # shortened last: half a secret would not be found
 
 
 def _by_arm(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

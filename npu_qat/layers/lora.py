@@ -74,7 +74,11 @@ class QatLoraLinear(PeftLoraLinear):
             (isinstance(parts[2], nn.Identity) or not self.training)
             # A hook waits for a call: an observer's, or ZeRO-3's, which gathers the weight.
             and not any(m._forward_hooks or m._forward_pre_hooks for m in parts)
-            and (base.has_input_gradient if isinstance(base, QuantLinear) else _is_frozen(base, x))
+            and (
+                base.has_input_gradient and x.dtype == base.dtype
+                if isinstance(base, QuantLinear)
+                else _is_frozen(base, x)
+            )
         )
 
 

@@ -145,8 +145,8 @@ class Dapo:
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update; returns the step's metrics. ``step`` counts from 0."""
-        started = time.perf_counter()
         proof = {} if self.learner.sampler.proven else self._prove(step)
+        started = time.perf_counter()
         groups, metrics = self._collect(step)
         metrics |= proof
         rolled_out = time.perf_counter()

@@ -56,6 +56,20 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_input_of_another_dtype_than_the_layer_has_gradients(autocast: bool) -> None:
+    """As PEFT's layer takes it: norms under autocast hand fp32 to a bf16 layer, for instance."""
+    model, _ = adapted(Recipe(), dtype=torch.bfloat16, live=True)
+    layer = next(m for m in model.modules() if isinstance(m, QatLoraLinear))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.float().square().sum().backward()
+    found = [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    assert len(found) == 3
+    assert all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in found)
+
+
 # --- the straight-through estimator, on and off ---------------------------------------------
 
 

@@ -6,16 +6,16 @@ power of two for all its blocks,
 
     x[m, k] = 2^a[m] * x8[m, k],   w[n, k] = 2^b[n] * w8[n, k],   y[m, n] = 2^(a + b) sum_k x8 w8
 
-with activations in E5M2 (30 octaves below the row's largest number) and weights in E4M3 (17). All
-products are exact, tensor cores make twice as many a second, and an encoded activation is half as
-large as a 16-bit one. The codes are the profile's, bit for bit.
+with activations in E5M2 (30 octaves below the row's largest number, the last without a mantissa)
+and weights in E4M3 (17). All products are exact, tensor cores make twice as many a second, and an
+encoded activation is half as large as a 16-bit one. The codes are the profile's, bit for bit.
 
 **What is given up: the sums.** Hopper's FP8 tensor cores add products with fewer bits than fp32 and
 pass the sum on to fp32 every 128 products. The error is below the rounding of a bf16 result but not
 zero, so this is an accumulator of its own, as an NPU's is, and not what ``matmul: auto`` takes.
 
 Two limits. A weight row whose numbers span more than E4M3's range is refused when it is prepared.
-An activation smaller than 2^-30 of its row's largest is cut to the bits that E5M2 has there, or to
+An activation smaller than 2^-29 of its row's largest is cut to the bits that E5M2 has there, or to
 zero: the row is not known before, and fp32 sums lose such numbers, too.
 
 Rows that decode (up to ``matmul.MAX_ROWS``) read the packed weight instead and add in fp32: there
