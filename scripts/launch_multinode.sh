@@ -13,9 +13,9 @@ Three ways (--via); without it the first that fits:
   hostfile    Run on ONE machine. The deepspeed launcher starts the others by pdsh and ssh.
               Needs --hostfile, passwordless ssh, pdsh, and the same paths on every machine.
   pods        Run on EVERY machine or pod, which knows its number; the deepspeed launcher starts
-              its own processes, without ssh. Needs --master, --nodes and --node-rank, or the variables that an operator sets: MASTER_ADDR,
-              MASTER_PORT, WORLD_SIZE / LOCAL_WORLD_SIZE and RANK (ascend-operator), or
-              JOB_COMPLETION_INDEX (Indexed Job).
+              its own processes, without ssh. Needs --master, --nodes and --node-rank, or the
+              variables that an operator sets: MASTER_ADDR, MASTER_PORT, WORLD_SIZE /
+              LOCAL_WORLD_SIZE and RANK (ascend-operator), or JOB_COMPLETION_INDEX (Indexed Job).
   rendezvous  Run on EVERY machine; torchrun hands out the numbers (c10d). Needs --master and
               --nodes. The machine that has the address of --master keeps the rendezvous.
 
@@ -28,7 +28,8 @@ Options:
   --node-rank R        number of this machine, from 0
   --hostfile FILE      lines "host slots=8", as DeepSpeed reads them
   --wait SECONDS       how long to wait for the machine of --master (default 300)
-  --env NAME           hostfile: carry this variable to the other machines too; repeat for more
+  --env NAME           hostfile: carry this variable to the other machines too; repeat for more.
+                       Tokens, keys and passwords are never carried: log in on each machine
   --dry-run            print what would be started, and stop
   -h, --help           this text
 
@@ -44,6 +45,11 @@ HELP
 fail() {
   echo "launch_multinode.sh: $*" >&2
   exit 2
+}
+
+# By its name. What is carried stands in the arguments of ssh, where ps and logs show it.
+is_secret() {
+  [[ $1 == *_@(TOKEN|KEY|SECRET|PASSWORD) ]]
 }
 
 python=${PYTHON:-python}
@@ -67,7 +73,10 @@ while (($#)); do
     --node-rank) node_rank=$2 ;;
     --hostfile) hostfile=$2 ;;
     --wait) wait=$2 ;;
-    --env) carried+=("$2") ;;
+    --env)
+      if is_secret "$2"; then fail "--env $2: it would be seen by all; log in on each machine"; fi
+      carried+=("$2")
+      ;;
     *) fail "unknown option '$1' (options of npu-qat go behind --)" ;;
   esac
   shift 2
@@ -123,9 +132,9 @@ own_address() {
   "$python" -c 'import sys
 from npu_qat.training.network import interface_to
 try:
-    print(interface_to(sys.argv[1]).address)
+    print(interface_to(sys.argv[1], wait=float(sys.argv[2])).address)
 except ValueError as error:
-    sys.exit(f"launch_multinode.sh: {error}")' "$host"
+    sys.exit(f"launch_multinode.sh: {error}")' "$host" "$wait"
 }
 
 # Until the machine of the rendezvous is up; a launcher would end with a stack trace.
@@ -146,6 +155,10 @@ case $via in
     environment=$(mktemp)
     trap 'rm -f "$environment"' EXIT
     while IFS='=' read -r -d '' name value; do
+      if is_secret "$name"; then
+        unset "$name" # DeepSpeed carries some of them by itself
+        continue
+      fi
       case $name in
         HCCL_IF_IP | *_SOCKET_IFNAME) continue ;;
         HCCL_* | NCCL_* | GLOO_* | ASCEND_* | NPU_QAT_* | OMP_* | MKL_* | HF_* | TORCH_* | DS_*) ;;
@@ -195,9 +208,13 @@ if [[ -n $dry_run ]]; then
 fi
 if [[ $via == hostfile ]]; then
   "${command[@]}" &
-  trap 'kill -TERM $!' INT TERM
-  wait $!
-  exit
+  child=$! asked=1 code=0
+  trap 'asked=1; kill -TERM "$child" 2>/dev/null || true' INT TERM
+  while [[ -n $asked ]]; do # a signal ends wait, not the child
+    asked='' code=0
+    wait "$child" || code=$?
+  done
+  exit "$code"
 fi
 if [[ $via == rendezvous && $is_host == false ]]; then await_master; fi
 if [[ $via == pods && $node_rank != 0 ]]; then await_master; fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,14 +160,16 @@ def test_the_public_names_lead_somewhere() -> None:
 
 def tracked_files() -> list[Path]:
     """What git would commit; of an unpacked source archive, all of it."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    if listed.returncode == 0 and listed.stdout:
-        files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    listed = ""
+    if shutil.which("git"):
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        ).stdout
+    if listed:
+        files = [ROOT / name for name in listed.split("\0") if name]
     else:
         files = [path for path in ROOT.rglob("*") if ".venv" not in path.parts]
     return [path for path in files if path.is_file()]

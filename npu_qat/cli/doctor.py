@@ -115,13 +115,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked_for(args: argparse.Namespace) -> list[Check]:
+    options = ("config", "preset", "device", "output", "rank_table")
+    given = [name for name in options if getattr(args, name)] + args.overrides
     if args.rendezvous is not None:
         from npu_qat.cluster import rendezvous
 
+        if args.cluster or given:
+            raise ValueError("--rendezvous is a test of its own: leave out --cluster and the rest")
         return rendezvous.examine(*rendezvous.parse(args.rendezvous), args.wait)
-    named = {name: getattr(args, name) for name in ("config", "preset", "output", "rank_table")}
     if not args.cluster:
-        if given := [name for name, value in named.items() if value] + args.overrides:
+        if given:
             raise ValueError(f"{given[0]!r} belongs to doctor --cluster, which is not given")
         return examine()
     from npu_qat.cluster.examine import examine_cluster, rank_table_of_job

@@ -55,7 +55,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--bandwidth", type=float, metavar="X", help="GB/s of its memory")
     parser.add_argument("--link", type=float, metavar="X", help="GB/s between devices, one way")
     parser.add_argument(
-        "--zero", type=int, choices=(0, 1, 2, 3), action="append", help="only this stage; again"
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        action="append",
+        help="only this stage; repeat for more",
     )
     parser.add_argument("--storage", choices=("image", "packed"), help="only this storage")
     parser.add_argument(
@@ -201,6 +205,14 @@ def print_plan(plan: ScalePlan, console: Console) -> None:
 
 def _print_times(plan: ScalePlan, console: Console) -> None:
     """Where times come from, or why there are none."""
+    config = plan.candidates[0].config
+    if config.train.method == "dapo" and config.rollout.engine != "hf":
+        console.print(
+            f"no times: rollout.engine {config.rollout.engine} has its own, and memory that is not "
+            "in this plan",
+            markup=False,
+        )
+        return
     missing = [o for o in plan.hardware.missing() if o != "--link" or plan.devices > 1]
     if missing:
         console.print(
@@ -217,9 +229,12 @@ def _print_times(plan: ScalePlan, console: Console) -> None:
             markup=False,
         )
         return
+    unknown = " and ".join(
+        [f"{s} storage" for s in ("image", "packed") if s not in c.storages] + ["other devices"]
+    )
     console.print(
         f"times: efficiencies measured on {c.device} ({c.source}); other devices are assumed to "
-        "reach the same shares of their peaks",
+        f"reach the same shares of their peaks; the intervals say nothing about {unknown}",
         markup=False,
     )
 

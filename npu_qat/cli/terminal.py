@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
-from npu_qat.training.peers import PEER_LOST, PeerLost
+from npu_qat.training.peers import INTERVAL, PEER_LOST, PeerLost
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,8 +72,13 @@ def report_error(error: BaseException) -> int:
 def end_failed_rank(code: int) -> int:
     """``code``; but a process that has joined others ends here, without Python's clean-up.
 
-    That would take down the process group, and wait for ranks that are gone or stuck.
+    That would take down the process group, and wait for ranks that are gone or stuck. A launcher
+    ends all processes of a machine after the first: so one that may be silent leaves its neighbours
+    the time to say why.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        sys.stderr.flush()
+        time.sleep(INTERVAL)
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
         sys.stdout.flush()

@@ -97,7 +97,7 @@ def files_fingerprint(path: str | None) -> str:
     if place.is_file():
         return _digest([place], place.parent)
     if place.is_dir():
-        return _digest(sorted(p for p in place.rglob("*") if _counts(p)), place)
+        return _digest(sorted(p for p in place.rglob("*") if _counts(p, place)), place)
     if place.is_absolute():
         return "not there"
     return f"by name: {path}"
@@ -118,8 +118,9 @@ def addresses() -> dict[str, list[str]]:
     }
 
 
-def _counts(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts[-3:])
+def _counts(path: Path, root: Path) -> bool:
+    """Hidden is what is hidden below ``root``; the folder itself may lie in ``~/.cache``."""
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return path.is_file() and not hidden and path.suffix not in (".md", ".lock", ".pyc")
 
 

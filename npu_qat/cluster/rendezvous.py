@@ -1,7 +1,7 @@
 """Whether a machine reaches the rendezvous, the address where all processes of a launch meet.
 
-A launcher that cannot reach it waits, for minutes or half an hour, and then names a socket. The
-four reasons can be told apart in a second each: the name, the route, a firewall, nobody there yet.
+A launcher that cannot reach it waits for minutes, and then names a socket. The four reasons can be
+told apart in a second each: the name, the route, a firewall, nobody there yet.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def examine(
     port: int,
     wait: float,
     *,
-    say: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[Check]:
-    """Interface, and whether somebody listens within ``wait`` seconds."""
+    """Interface, and whether the name resolves and somebody listens within ``wait`` seconds."""
+    started = clock()
     try:
-        interface = interface_to(host, port)
+        interface = interface_to(host, port, wait, clock=clock, sleep=sleep)
     except ValueError as error:
         return [Check("network", "route", "missing", str(error), "")]
     here = f"{socket.gethostname()}: {interface.name} {interface.address} -> {host}"
     checks = [Check("network", "route", "ok", here)]
-    started = clock()
-    problem = reach(host, port, wait)
+    problem = reach(host, port, max(started + wait - clock(), 0.0))
     if problem is None:
         value = f"{host}:{port} answers after {clock() - started:.1f} s"
         return [*checks, Check("network", "rendezvous", "ok", value)]

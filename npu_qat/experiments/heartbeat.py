@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "NPU_QAT_HEARTBEAT"
@@ -37,7 +38,8 @@ def with_heartbeat(should_stop: Callable[[], bool]) -> Callable[[], bool]:
         nonlocal last
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_BEATS:
-            file.touch()
+            with suppress(OSError):  # a full disk is no reason to end training; the file gets old
+                file.touch()
             last = now
         return should_stop()
 

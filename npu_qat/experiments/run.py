@@ -467,7 +467,8 @@ class _Run:
             self.names.append(name)
             return
         model, tokenizer, handle = self._load(quantized=quantized)
-        adapted = load_lora(model, str(folder_for_all(folder))).eval()
+        with folder_for_all(folder) as here:
+            adapted = load_lora(model, str(here)).eval()
         self._evaluate(name, adapted, tokenizer, handle)
         _forget(model)
 
@@ -556,7 +557,8 @@ class _Run:
         """The 16-bit model that ``distill`` names."""
         model, _, _ = self._load(quantized=False)
         if self.config.distill.teacher == "bf16_lora":
-            model = load_lora(model, str(folder_for_all(self._adapter("bf16_lora"))))
+            with folder_for_all(self._adapter("bf16_lora")) as here:
+                model = load_lora(model, str(here))
         return Teacher(model, self.config.distill)
 
     def _compensate(self, adapted: Any, tokenizer: Any) -> None:

@@ -12,9 +12,10 @@ regression; Izenman 1975, J. Multivariate Anal. 5):
     C = E[x x^T] = L L^T,   G = E[d x^T],   G L^-T = U S V^T,   M_r = U_r S_r V_r^T L^-1
 
 With 16-bit inputs ``d = (W - Q(W)) x`` and this is QERA's solution (arXiv 2410.06040), which weighs
-the weight's error by what is fed to it; LoftQ (arXiv 2310.08659) is the case ``C = I``. In W4A4 it
-does more: a channel that shares its block with an outlier is often rounded to zero whatever it
-carries, so ``d`` holds ``W x`` of that channel, and a rank a channel gives it back.
+the weight's error by what is fed to it; one round of LoftQ (arXiv 2310.08659) is the case
+``C = I``. In W4A4 it does more: a channel that shares its block with an outlier is often rounded to
+zero whatever it carries, so ``d`` holds ``W x`` of that channel, and a rank a channel gives it
+back.
 
 The frozen base is unchanged and the adapter is an ordinary one, so every server that serves
 adapters serves this. What is given up: a pass over calibration data, and ranks that training then
@@ -39,7 +40,8 @@ from npu_qat.layers.quant_linear import QuantLinear
 
 # Added to the diagonal of C, relative to it: few tokens must not decide what a rare channel does.
 RIDGE = 0.01
-# Statistics kept at a time; a larger model takes several passes over the calibration data.
+# Statistics kept at a time, or one linear's if that is larger; a larger model takes several passes
+# over the calibration data.
 BUDGET_BYTES = 2 * 2**30
 
 
@@ -59,7 +61,7 @@ class Compensation:
 
 
 class _Statistics:
-    """Sums over calibration tokens for one linear, in float64."""
+    """Sums over calibration tokens for one linear: fp32 products, summed in float64."""
 
     def __init__(self, layer: QuantLinear, device: torch.device) -> None:
         n, k = layer.out_features, layer.in_features

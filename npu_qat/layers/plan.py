@@ -95,6 +95,8 @@ def _plan(path: str, linear: nn.Linear, recipe: Recipe) -> PlannedLinear:
     stored = full
     if w is not None and recipe.base_storage == "packed":
         stored = _packed_bytes(linear, recipe)
+    elif w is not None and multiplies_in_fp32(recipe):
+        stored = 2 * full
     if w is not None and recipe.apply_during != "both":
         stored += full
     return PlannedLinear(
@@ -127,11 +129,20 @@ def _reason_to_leave(path: str, recipe: Recipe) -> str | None:
     return None
 
 
+def multiplies_in_fp32(recipe: Recipe) -> bool:
+    """Whether operands, and so images of weights, are fp32: a dual-level profile has fp32 scales
+    inside the sum of the matmul."""
+    used = [recipe.weight_profile] if recipe.quantizes_weight else []
+    used += [recipe.activation_profile] if recipe.quantizes_input else []
+    return any(get_profile(name).level0_block for name in used)
+
+
 def _packed_bytes(linear: nn.Linear, recipe: Recipe) -> int:
     n, k = linear.out_features, linear.in_features
     rows, length = (n, k) if recipe.block_axis == "row" else (k, n)
-    block = get_profile(recipe.weight_profile).block_size
-    return rows * ((length + 1) // 2 + -(-length // block))
+    profile = get_profile(recipe.weight_profile)
+    first_level = 4 * -(-length // profile.level0_block) if profile.level0_block else 0
+    return rows * ((length + 1) // 2 + -(-length // profile.block_size) + first_level)
 
 
 def _check_patterns(linears: Iterable[str], recipe: Recipe) -> None:

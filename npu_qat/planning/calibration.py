@@ -6,7 +6,8 @@ Efficiencies are fitted to all rows. What is reported as their error is that of 
 seen the model in question: each model is predicted by a fit to the rows of all others. Bytes have
 no fitted number at all: every row tests them.
 
-The fit minimises relative errors. No byte moves less than once. A pass takes the longer of device
+The fit minimises relative errors. No byte moves less than once; how often one of logits moves is
+counted. A pass takes the longer of device
 and host, so rows are sorted into those of the one and of the other by the present fit, each part is
 fitted by least squares with coefficients that cannot be negative, and that is repeated; the best
 round is taken.
@@ -19,6 +20,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -48,6 +50,16 @@ Row = dict[str, Any]
 NEUTRAL = Efficiency(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, None, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
 ROUNDS = 20
 LEAST_UPDATES, LEAST_ROLLOUTS = 4, 2
+# Times that a byte of fp32 logits is moved, counted from ``training/batches.py``, not fitted: in
+# measured rows logits grow with everything else, and a fit gives them time that is Python's. One
+# pass over fp32 logits is 1, over 16-bit ones 0.5.
+#   forward    matmul writes 0.5; cast 1.5; log-softmax reads for the maximum, the sum and the
+#              result (a row of a vocabulary is larger than a chip's caches) and writes: 4
+#   backward   cast and log-softmax of a piece again 5.5; gather fills zeros 1; log-softmax reads
+#              gradients twice, the result, and writes: 4; cast 1.5; pieces are put together 1, and
+#              into zeros for the position that predicts nothing 1.5; matmul reads 0.5
+# 21 in all, and ``micro_batch_work`` counts logits three times. (A forward pass alone: 6.)
+LOGIT_MOVES = 7.0
 # Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom, then the normal's.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -200,10 +212,10 @@ def _passes(rows: Sequence[Row], hardware: Hardware) -> list[tuple[Work, float]]
 
 
 def _fit_passes(rows: Sequence[Row], hardware: Hardware) -> dict[str, float]:
-    """Columns of the device: matmuls, moves of activations above one, moves of logits. Those of the
-    host: forward and backward passes."""
+    """Columns of the device: matmuls, and moves of activations above one. Those of the host:
+    forward and backward passes."""
     passes = _passes(rows, hardware)
-    columns, host = [1.0, 0.0, 0.0], [0.0, 0.0]
+    columns, host = [1.0, 0.0], [0.0, 0.0]
     # At first, those with little work a layer wait for the host.
     middle = statistics.median(w.flops / w.layer_passes for w, _ in passes)
     bound = [w.flops / w.layer_passes < middle for w, _ in passes]
@@ -245,25 +257,22 @@ def _fit_passes(rows: Sequence[Row], hardware: Hardware) -> dict[str, float]:
     return {
         "matmul": 1 / columns[0] if columns[0] else 1.0,
         "activation_moves": 1 + columns[1],
-        "logit_moves": columns[2],
+        "logit_moves": LOGIT_MOVES,
         "forward_host_seconds": host[0],
         "backward_host_seconds": host[1],
     }
 
 
-def _device_columns(work: Work, hardware: Hardware) -> tuple[float, float, float]:
+def _device_columns(work: Work, hardware: Hardware) -> tuple[float, float]:
     assert hardware.flops and hardware.bandwidth
-    return (
-        work.flops / hardware.flops,
-        work.activations / hardware.bandwidth,
-        work.logits / hardware.bandwidth,
-    )
+    return work.flops / hardware.flops, work.activations / hardware.bandwidth
 
 
 def _least_seconds(work: Work, hardware: Hardware) -> float:
-    """Of moving activations and decoded weights once."""
+    """Of moving activations and decoded weights once, and logits as often as they are."""
     assert hardware.bandwidth
-    return (work.activations + work.weights) / hardware.bandwidth
+    moved = work.activations + work.weights + LOGIT_MOVES * work.logits
+    return moved / hardware.bandwidth
 
 
 def _fit_tokens(rows: Sequence[Row], hardware: Hardware, matmul: float) -> dict[str, float]:
@@ -399,11 +408,13 @@ def prediction_interval(ratios: Sequence[float]) -> Error:
 def calibrate(path: Path, hardware: Hardware) -> Calibration:
     """Fit and test the rows in ``path``, a file of ``npu_qat.planning.measure``.
 
-    Raises ``ValueError`` if it is none, or has too few rows.
+    Raises ``ValueError`` if it is none, has too few rows, or was made on another device.
     """
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows, environment = measured["rows"], dict(measured["environment"])
+        device = str(environment.get("accelerator") or environment["processor"])
+        kind = str(environment["device"])
         if not all(isinstance(row["kind"], str) for row in rows):
             raise ValueError("its rows have no kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -412,10 +423,25 @@ def calibrate(path: Path, hardware: Hardware) -> Calibration:
         ) from error
     if sum(row["kind"] == "decode" for row in rows) < LEAST_ROLLOUTS:
         raise ValueError(f"--calibrate {path}: needs at least {LEAST_ROLLOUTS} rollouts")
+    if not _same_device(kind, device, hardware):
+        raise ValueError(f"--calibrate {path}: measured on {device}, not on {hardware.name}")
     efficiency = fit(rows, hardware)
     tested = errors(predictions(rows, hardware))
-    device = environment.get("accelerator") or environment["processor"]
-    return Calibration(efficiency, tested, path.name, str(device))
+    storages = tuple(
+        sorted({row["storage"] for row in rows if row["kind"] in ("update", "decode")})
+    )
+    return Calibration(efficiency, tested, path.name, device, storages)
+
+
+def _same_device(kind: str, name: str, hardware: Hardware) -> bool:
+    """Whether rows of a device ``name`` of PyTorch's type ``kind`` are of ``hardware``.
+
+    By the model in its name (``H100``); names of NPUs do not tell more than that they are some.
+    """
+    if not kind.startswith(hardware.kind):
+        return False
+    models = [word for word in hardware.name.split() if re.fullmatch(r"[A-Z]+\d+[A-Z]*", word)]
+    return hardware.kind != "cuda" or not {*models}.isdisjoint(re.findall(r"\w+", name.upper()))
 
 
 def main() -> int:

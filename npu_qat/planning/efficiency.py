@@ -22,7 +22,7 @@ class Efficiency:
     Attributes:
         matmul: share of the peak that matmuls reach.
         activation_moves: times a saved byte moves through memory in forward and backward.
-        logit_moves: the same for a byte of fp32 logits.
+        logit_moves: the same for a byte of fp32 logits: counted, not fitted (``calibration.py``).
         forward_host_seconds, backward_host_seconds: of Python and launches, a layer and pass.
         adapter_step_seconds: of the optimiser, an adapter tensor.
         zero3_layer_seconds: of stage 3's hooks, a layer and pass; None: not measured.
@@ -66,12 +66,14 @@ class Error:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Efficiencies, how well they predict, and where they come from."""
+    """Efficiencies, how well they predict, and where they come from: a file of rows, the device and
+    the storages that it measured."""
 
     efficiency: Efficiency
     errors: dict[str, Error] = field(default_factory=dict)
     source: str = ""
     device: str = ""
+    storages: tuple[str, ...] = ()
 
     def error(self, quantity: str) -> Error | None:
         """Of ``update memory``, ``update time`` and so on; None where it was not tested."""
@@ -99,6 +101,7 @@ def load_calibration(path: Path) -> Calibration:
             {name: Error(**error) for name, error in found["errors"].items()},
             found["source"],
             found["device"],
+            tuple(found["storages"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no calibration of npu-qat plan: {error}") from error

@@ -33,7 +33,8 @@ class ModelFacts:
         decoder_parameters: in the linears of the decoder layers: the matmuls of a token.
         lora_parameters: of the adapters.
         bytes_loaded: of the base as it comes, in ``model.dtype``.
-        bytes_stored: of the base as it is kept.
+        bytes_stored: of the base as it is kept, ``bytes_beside`` included.
+        bytes_beside: of what a matmul of codes keeps beside the images (``plan.py``).
         saved_inputs: elements a token, over all layers, of inputs that adapters keep for their
             gradient; linears that read one tensor keep it once.
         adapted_linears: number of linears with an adapter.
@@ -63,6 +64,7 @@ class ModelFacts:
     rank: int
     largest_linear: int
     packed: bool
+    bytes_beside: int = 0
 
     @property
     def query_width(self) -> int:
@@ -89,15 +91,14 @@ def model_facts(
         ValueError: ``lora.targets`` names no linear, or the architecture lacks a number that the
             formulas need.
     """
-    from npu_qat.layers.plan import sibling_groups
+    from npu_qat.layers.plan import multiplies_in_fp32, sibling_groups
 
     item = ITEM_BYTES[config.model.dtype]
     parameters = sum(p.numel() for p in model.parameters())
     quantized = [p for p in linears if p.weight_profile is not None]
     replaced = sum(p.bytes_16bit * item // 2 for p in quantized)
-    stored = sum(
-        p.bytes_stored if p.storage == "packed" else p.bytes_stored * item // 2 for p in quantized
-    )
+    in_fp32 = multiplies_in_fp32(config.quant)
+    stored = sum(_stored(p, item, in_fp32) for p in quantized)
     adapted = adapted_linears(linears, config)
     widths = {p.path: p.in_features for p in adapted}
     a = architecture
@@ -127,6 +128,14 @@ def model_facts(
         largest_linear=max((p.in_features * p.out_features for p in quantized), default=0),
         packed=any(p.storage == "packed" for p in quantized),
     )
+
+
+def _stored(linear: PlannedLinear, item: int, in_fp32: bool) -> int:
+    """Bytes of a quantised linear; what it keeps in ``model.dtype`` was planned as 16 bits."""
+    fixed = 2 * linear.bytes_16bit if in_fp32 else 0
+    if linear.storage == "packed":
+        fixed = linear.bytes_stored
+    return fixed + (linear.bytes_stored - fixed) * item // 2
 
 
 def adapted_linears(linears: Sequence[PlannedLinear], config: RunConfig) -> list[PlannedLinear]:

@@ -10,6 +10,7 @@ Peaks alone predict nothing: a plan multiplies them by efficiencies that were me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +107,7 @@ def find_hardware(
         link: GB/s to another device, one direction.
 
     Raises:
-        ValueError: an unknown name, or a figure that is not positive.
+        ValueError: an unknown name, or a figure that is not positive and finite.
     """
     if name not in HARDWARE:
         raise ValueError(f"unknown --soc {name!r}; choose from {', '.join(HARDWARE)}")
@@ -117,8 +118,8 @@ def find_hardware(
         "link": None if link is None else link * GB,
     }
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if wrong := [key for key, value in changes.items() if value <= 0]:
-        raise ValueError(f"--soc {name}: {wrong[0]} must be positive")
+    if wrong := [key for key, value in changes.items() if not 0 < value < math.inf]:
+        raise ValueError(f"--soc {name}: {wrong[0]} must be positive and finite")
     found = HARDWARE[name]
     if not changes:
         return found

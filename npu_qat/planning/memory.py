@@ -49,7 +49,8 @@ REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 FP32 = 4
-# At most, of the pass that starts adapters from the quantisation error (``lora.init``).
+# Of the pass that starts adapters from the quantisation error (``lora.init``). At most, or one
+# linear's if that is larger.
 COMPENSATION_STATISTICS = 2 * GIB
 # fp32 tensors of a piece of logits at a time in the backward pass: the log-softmax, its gradient,
 # and the gradient of what went into it.
@@ -140,7 +141,7 @@ def predict_memory(facts: ModelFacts, layout: Layout, load: Load) -> Memory:
             "base": facts.bytes_stored,
             "LoRA, fp32 master": FP32 * facts.lora_parameters,
             "base in 16 bits": facts.bytes_loaded,
-            "statistics of inputs": COMPENSATION_STATISTICS,
+            "statistics of inputs": _compensation_work(facts),
         }
     if layout.zero == 3:
         phases["shard"] = {"base, whole": facts.bytes_stored, **adapter_states(facts, layout)}
@@ -173,6 +174,15 @@ def _loading(facts: ModelFacts) -> dict[str, int]:
         work += 2 * facts.item * facts.largest_linear
         return {"base": facts.bytes_stored, "quantising a weight": work}
     return {"base in 16 bits": facts.bytes_loaded, "quantising a weight": work}
+
+
+def _compensation_work(facts: ModelFacts) -> int:
+    """fp64 sums of a group of linears, and the three f x f matrices that are solved for one.
+
+    The largest linear is ``down``: its sums are f x f and h x f (``layers/compensation.py``).
+    """
+    f, h = facts.intermediate, facts.hidden
+    return max(COMPENSATION_STATISTICS, 8 * f * (f + h)) + 24 * f * f
 
 
 def _baseline(facts: ModelFacts, layout: Layout, load: Load) -> dict[str, int]:

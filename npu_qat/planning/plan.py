@@ -61,7 +61,8 @@ class Candidate:
         memory: of the device.
         needed: bytes with the allocator's pool and the reserve.
         fits: whether that is what the device has.
-        time: of a step; None where a figure of the device is missing or it does not fit.
+        time: of a step; None where a figure of the device is missing, another engine samples, or it
+            does not fit.
     """
 
     layout: Layout
@@ -222,10 +223,12 @@ def make_plan(
 
     Raises:
         ValueError: the model cannot be found or is no decoder, the memory of the device is not
-            known, or a count is not positive.
+            known, a count is not positive, or the reserve is negative or no number.
     """
     if devices < 1:
         raise ValueError(f"--devices must be at least 1, not {devices}")
+    if not 0 <= reserve < math.inf:
+        raise ValueError(f"--reserve-gib must be 0 or more, and finite, not {reserve / GIB:g}")
     if hardware.memory is None:
         raise ValueError(
             f"no figure for the memory of {hardware.name} is known here; give --memory-gib"
@@ -233,14 +236,17 @@ def make_plan(
     architecture, source = read_architecture(config.model)
     model = build_on_meta(architecture, config.model)
     lengths = lengths or default_lengths(config)
-    if config.train.method == "dapo" and min(lengths.prompt, lengths.completion) < 1:
-        raise ValueError("--prompt-tokens and --completion-tokens must be at least 1")
-    facts: dict[str, ModelFacts] = {}
+    if lengths.completion < 1 or lengths.prompt < (config.train.method == "dapo"):
+        raise ValueError(
+            "--prompt-tokens and --completion-tokens must be at least 1 (prompts of sft: 0)"
+        )
+    facts: dict[tuple[str, bool], ModelFacts] = {}
     candidates = []
     for layout, storage in _layouts(config, hardware, devices, stages, storages):
-        if storage not in facts:
-            facts[storage] = _facts(config, model, architecture, storage, hardware)
-        given = (config, facts[storage], storage, lengths, hardware, calibration, reserve)
+        key = (storage, layout.zero == 3)
+        if key not in facts:
+            facts[key] = _facts(config, model, architecture, *key, hardware)
+        given = (config, facts[key], storage, lengths, hardware, calibration, reserve)
         candidate = _fastest(layout, *given)
         if not candidate.fits and layout.baseline != "none":
             without = _fastest(replace(layout, baseline="none"), *given)
@@ -303,27 +309,43 @@ def _can_pack(config: RunConfig) -> bool:
 
 
 def _facts(
-    config: RunConfig, model: Any, architecture: Any, storage: str, hardware: Hardware
+    config: RunConfig,
+    model: Any,
+    architecture: Any,
+    storage: str,
+    sharded: bool,
+    hardware: Hardware,
 ) -> ModelFacts:
+    """Counts of the model as ``hardware`` keeps it. ``sharded``: by ZeRO-3."""
     from npu_qat.layers.plan import plan_linears
 
-    def counts(storage: str) -> ModelFacts:
-        recipe = config.quant.model_copy(update={"base_storage": storage})
-        return model_facts(model, architecture, plan_linears(model, recipe), config)
+    recipe = config.quant.model_copy(update={"base_storage": storage})
+    found = model_facts(model, architecture, plan_linears(model, recipe), config)
+    if not _fuses(recipe, hardware):
+        return found
+    codes = recipe.model_copy(update={"base_storage": "packed", "apply_during": "both"})
+    linears = [p for p in plan_linears(model, codes) if p.weight_profile is not None]
+    beside = sum(p.bytes_stored for p in linears) if storage == "image" else 0
+    # FP8 (``backends/cuda/fp8.py``): an fp32 scale a row, and beside an image the weight in E4M3.
+    # ZeRO-3 frees a gathered weight after use, so there they are made again each time.
+    if hardware.kind == "cuda" and not sharded:
+        beside += sum(4 * p.out_features for p in linears)
+        if storage == "image":
+            beside += sum(p.in_features * p.out_features for p in linears)
+    return replace(found, bytes_stored=found.bytes_stored + beside, bytes_beside=beside)
 
-    found = counts(storage)
-    if storage == "image" and hardware.multiplies_codes and _fuses(config.quant):
-        packed = counts("packed")  # the codes are kept beside the image
-        not_in_4_bits = found.item * (found.parameters - found.quantized_parameters)
-        codes = packed.bytes_stored - not_in_4_bits
-        found = replace(found, bytes_stored=found.bytes_stored + codes)
-    return found
 
-
-def _fuses(recipe: Recipe) -> bool:
-    """Whether nothing in the recipe stands against a matmul of codes (``layers/matmul.py``)."""
-    whole = recipe.injection_point == "both" and recipe.block_axis == "row"
-    return whole and not recipe.rotates and recipe.matmul != "emulated"
+def _fuses(recipe: Recipe, hardware: Hardware) -> bool:
+    """Whether the device multiplies codes and nothing in the recipe stands against it
+    (``layers/matmul.py``); NVIDIA's devices do so on request (FP8)."""
+    on_request = hardware.kind == "cuda" and recipe.matmul == "fused"
+    asked = on_request or (hardware.multiplies_codes and recipe.matmul != "emulated")
+    return (
+        asked
+        and recipe.injection_point == "both"
+        and recipe.block_axis == "row"
+        and (not recipe.rotates)
+    )
 
 
 def _fastest(layout: Layout, config: RunConfig, facts: ModelFacts, *given: Any) -> Candidate:
@@ -379,6 +401,8 @@ def _candidate(
     time = None
     if calibration and layout.zero == 3 and calibration.efficiency.zero3_layer_seconds is None:
         known = False  # its hooks cost more than what they gather, and nobody measured them
+    if config.train.method == "dapo" and not rows:
+        known = False  # another engine samples, with times of its own
     if possible and known and calibration is not None:
         time = predict_step(facts, layout, load, config, hardware, calibration.efficiency)
     return Candidate(layout, storage, config, load, found, needed, possible, time)

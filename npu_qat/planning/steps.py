@@ -10,7 +10,7 @@ the queries::
 
     bytes of activations    what is saved for the backward pass (``memory.py``), a third of it for
                             each of forward, backward twice, and recompute
-    bytes of logits         fp32, T_c V
+    bytes of logits         fp32, T_c V, moved ``LOGIT_MOVES`` times forward and twice that backward
     bytes of weights        a packed base is decoded in each pass: read 0.53, write 2, read 2 bytes
 
     decoding a token        every stored weight once, all room of the keys and values, 2 (P + h V)
@@ -18,8 +18,8 @@ the queries::
                             decoded first
 
 **Measured.** ``Efficiency`` has one number for each kind of work: the share of the peak that
-matmuls reach, how often a byte of activations or logits is moved at the memory's full bandwidth,
-and what Python and launches cost a layer. A pass takes the longer of device and host::
+matmuls reach, how often a byte of activations is moved at the memory's full bandwidth, and what
+Python and launches cost a layer. A pass takes the longer of device and host::
 
     seconds = max(flop / (matmul peak) + (activation bytes a + logit bytes l + weights) / bandwidth,
                   layers (forward passes host_f + backward passes host_b))
@@ -149,7 +149,7 @@ def token_work(facts: ModelFacts, load: Load) -> Work:
     """One decoding step of all rows."""
     rows = load.rollout_rows
     matmuls = facts.decoder_parameters + facts.lora_parameters + facts.hidden * facts.vocabulary
-    weights = facts.bytes_stored + facts.item * facts.lora_parameters
+    weights = facts.bytes_stored - facts.bytes_beside + facts.item * facts.lora_parameters
     if not facts.tied:
         weights -= facts.item * facts.hidden * facts.vocabulary  # embeddings: a few rows are read
     if rows > PACKED_ROWS:

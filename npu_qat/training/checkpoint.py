@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
     _flush(folder)
-    earlier = [path for path in _folders(folder) if path <= target]
-    later = [path for path in _folders(folder) if path > target]
+    earlier = [path for path in _folders(folder) if _step(path) <= checkpoint.step]
+    later = [path for path in _folders(folder) if _step(path) > checkpoint.step]
     for old in (*earlier[:-keep], *later):
         shutil.rmtree(old)
     return target
@@ -85,7 +86,13 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    """Those that this module wrote, in the order of steps: ``step-000010-best`` is the user's."""
+    ours = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))
+    return sorted(ours, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _manifest(path: Path) -> dict[str, str] | None:

@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def launch_environment(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).set_device(int(os.environ["LOCAL_RANK"]))
     name_interface(device.type)
-    _check_rendezvous()
+    _meet()
     backend = COLLECTIVES[device.type]
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     watch_peers()
@@ -113,13 +114,16 @@ def launch_environment(device: torch.device) -> None:
     atexit.register(_leave)
 
 
-def _check_rendezvous() -> None:
-    """Raise ``ValueError`` if rank 0's machine cannot be reached: the library's own attempt would
-    take half an hour and name a socket."""
+def _meet() -> None:
+    """Say on rank 0 for whom it waits. Elsewhere raise ``ValueError`` if rank 0's machine cannot
+    be reached: the library's own attempt would take 10 minutes (DeepSpeed's ``DEEPSPEED_TIMEOUT``)
+    and name a socket."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] != "0":
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if problem := reach(address, port, RENDEZVOUS_PATIENCE):
             raise ValueError(problem)
+    elif (count := int(os.environ["WORLD_SIZE"])) > 1:
+        print(f"waiting for all {count} processes at {address}:{port}", file=sys.stderr, flush=True)
 
 
 def shut_down() -> None:

@@ -16,7 +16,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 
@@ -32,21 +32,40 @@ class Interface:
         return ipaddress.ip_address(self.address).is_loopback
 
 
-def interface_to(host: str, port: int = 9) -> Interface:
+def interface_to(
+    host: str,
+    port: int = 9,
+    wait: float = 0.0,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Interface:
     """The interface that the route to ``host`` leaves by.
+
+    Args:
+        host, port: the rendezvous.
+        wait: seconds to go on asking for a name that does not resolve. The name of a pod does only
+            once the pod is up.
+        clock, sleep: of time.
 
     Raises:
         ValueError: the name does not resolve, or there is no route.
     """
     import psutil
 
-    try:
-        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    except socket.gaierror as error:
-        raise ValueError(
-            f"the name {host!r} does not resolve on {socket.gethostname()} ({error.strerror}): use "
-            "an IP address, or add the name to DNS or to /etc/hosts on every machine"
-        ) from error
+    until = clock() + wait
+    while True:
+        try:
+            family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            break
+        except socket.gaierror as error:
+            if (left := until - clock()) <= 0:
+                raise ValueError(
+                    f"the name {host!r} does not resolve on {socket.gethostname()} "
+                    f"({error.strerror}): use an IP address, or add the name to DNS or to "
+                    "/etc/hosts on every machine"
+                ) from error
+        sleep(min(1.0, left))
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(target)

@@ -2,7 +2,7 @@
 
 A collective waits for all ranks. If a machine goes away, the others wait: for a closed connection,
 which comes at once if a process was killed and never if a machine lost its power; else for the
-library's timeout, half an hour by default. And the error that ends the wait names an address.
+library's timeout, 10 minutes under DeepSpeed. And the error that ends the wait names an address.
 
 So each process has a thread that writes a heartbeat, with its host's name, into the store of the
 rendezvous. The thread of rank 0 reads them all, the others read rank 0's: work grows with the
@@ -147,8 +147,6 @@ class PeerWatch:
         self._found.wait(self._quick + 4 * self.interval)
         found = self.verdict or f"a collective failed, but every process answers: {error}"
         self._ended.set()
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(self.interval)  # the first to end has its neighbours ended, too
         return PeerLost(found)
 
     # --- what the threads do ----------------------------------------------------------------
@@ -173,9 +171,13 @@ class PeerWatch:
             if self.verdict is None and silent > self.patience:
                 self._conclude(self._store_gone(f"no answer for {silent:.0f} s"), tell=False)
             if self.verdict is not None:
-                if not self._ended.wait(GRACE):
+                if not self._ended.wait(GRACE) and not self._ends_by_its_own_failure():
                     self.leave(self.verdict)
                 return
+
+    def _ends_by_its_own_failure(self) -> bool:
+        """Telling the others may take longer than ``GRACE``; only a store that hangs, for ever."""
+        return self._state == "failed" and self._ended.wait(self.patience)
 
     def judge(self) -> str | None:
         """The verdict on the others at this moment, or None."""
@@ -289,14 +291,29 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def how_to_go_on() -> str:
-    """The command that goes on with this run, as far as this process can know it."""
+    """The command that goes on with this run, as far as this process can know it.
+
+    A hostfile starts all machines from one. A command that names its node rank, or one that was
+    not started by the script, differs from machine to machine.
+    """
     launched = os.environ.get(LAUNCH_VARIABLE)
-    if launched:
-        command = launched if "--resume" in launched else f"{launched} --resume auto"
-        return f"start it again on every machine: {command}"
-    job = shlex.join(["npu-qat", *sys.argv[1:]])
-    more = "" if "--resume" in sys.argv else " --resume auto (and its --output)"
-    return f"start it again by the same launcher on every machine: {job}{more}"
+    command = launched or shlex.join(["npu-qat", *sys.argv[1:]])
+    given = command.split()
+    if "train" in given and not _has(given, "--resume"):
+        command += " --resume auto"
+        if not _has(given, "--output"):
+            command += " (and its --output)"
+    if launched and _has(given, "--hostfile"):
+        where = ""
+    elif launched and not _has(given, "--node-rank"):
+        where = " on every machine"
+    else:
+        where = " as before (on each machine, its own command)"
+    return f"start it again{where}: {command}"
+
+
+def _has(given: list[str], option: str) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in given)
 
 
 def words(verdict: str) -> str:

@@ -8,10 +8,12 @@ rank 0 reads, and sends.
 
 from __future__ import annotations
 
-import os
+import hashlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -62,22 +64,37 @@ def load_newest_for_all(
     return Checkpoint(step, state, counters)
 
 
-def folder_for_all(folder: Path) -> Path:
-    """``folder`` of rank 0, a small one such as an adapter's, also on machines that lack it."""
+@contextmanager
+def folder_for_all(folder: Path) -> Iterator[Path]:
+    """``folder`` of rank 0, a small one such as an adapter's, on every rank inside the block.
+
+    A folder that is there is not therefore rank 0's: without a shared file system it may be left
+    from an earlier run, and a kill may have cut it off. So contents are compared, and a rank whose
+    own differ reads a copy in a temporary folder; what it has under that name stays as it is.
+
+    Raises:
+        FileNotFoundError: rank 0 has no such folder, or no file in it.
+    """
     if not _several():
-        return folder
+        yield folder
+        return
     distributed.barrier()  # rank 0 may just have written it
-    lacking = _everyones(not folder.is_dir())
-    if not any(lacking):
-        return folder
-    mine = distributed.get_rank() == 0
-    files = first_says(_read(folder) if mine else None)
-    if not folder.is_dir() and os.environ.get("LOCAL_RANK", "0") == "0":
-        folder.mkdir(parents=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-    distributed.barrier()
-    return folder
+    mine = _read(folder)
+    prints = _everyones(_fingerprint(mine))
+    if not prints[0]:
+        raise FileNotFoundError(f"{folder} is not on the machine of rank 0, or is empty")
+    if all(found == prints[0] for found in prints):
+        yield folder
+        return
+    rank = distributed.get_rank()
+    content = first_says(mine if rank == 0 else None)
+    if prints[rank] == prints[0]:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="npu-qat-") as own:
+        for name, data in content.items():
+            (Path(own) / name).write_bytes(data)
+        yield Path(own)
 
 
 def _check_place(folder: Path) -> None:
@@ -92,7 +109,20 @@ def _check_place(folder: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
+    """Content by file name; empty if there is no such folder."""
+    if not folder.is_dir():
+        return {}
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def _fingerprint(files: dict[str, bytes]) -> str:
+    """Of names and contents; empty for no files."""
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _everyones(value: Any) -> list[Any]:

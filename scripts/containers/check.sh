@@ -99,6 +99,8 @@ fetch_torch() { # where this machine's pip finds it, so that the build need not 
 }
 
 [[ $(uname -s) == Linux ]] || skip "A docker daemon needs Linux."
+[[ $(uname -m) == x86_64 ]] || # with Docker's own package: see "On a machine with an engine" above
+    skip "install_compose.sh knows docker compose for x86_64 only, and this is $(uname -m)."
 [[ $(id -u) == 0 ]] || skip "Starting a docker daemon needs root: sudo make containers."
 mkdir -p "$cache"
 export PATH=/usr/sbin:/usr/bin:$PATH # Debian's docker goes before others: it builds without buildx

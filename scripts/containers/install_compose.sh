@@ -15,7 +15,8 @@ declare -A published=( # of docker/compose's own release
 )
 machine=$(uname -m)
 if [[ -z ${published[$machine]:-} ]]; then
-    echo "install_compose.sh: no checksum is known for $machine; see docs.docker.com/compose/install" >&2
+    echo "install_compose.sh: no checksum is known for $machine; take Docker's own package" \
+        "docker-compose-plugin (docs.docker.com/compose/install)" >&2
     exit 1
 fi
 

@@ -91,6 +91,24 @@ def test_versions_are_compared_by_their_numbers(version: str, key: tuple[int, ..
     assert doctor.version_key(version) == key
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "npu"], "'device' belongs to doctor --cluster"),
+        (["--preset", "demo"], "'preset' belongs to doctor --cluster"),
+        (["--rendezvous", "127.0.0.1:9", "--cluster"], "--rendezvous is a test of its own"),
+        (["--rendezvous", "127.0.0.1:9", "--device", "cpu"], "--rendezvous is a test of its own"),
+        (["--rendezvous", "127.0.0.1:9", "my.yaml"], "--rendezvous is a test of its own"),
+        (["--rendezvous", "127.0.0.1:9", "--set", "train.lr=1"], "--rendezvous is a test of its"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def ascend_checks(
     monkeypatch: pytest.MonkeyPatch, home: str | None, **versions: str
 ) -> dict[str, doctor.Check]:

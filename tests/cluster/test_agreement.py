@@ -132,6 +132,18 @@ def test_files_are_told_apart_by_size_beginning_and_end(tmp_path: Path) -> None:
     assert len({first, changed, files_fingerprint(str(folder))}) == 3
 
 
+def test_a_hidden_folder_above_a_model_hides_nothing_of_it(tmp_path: Path) -> None:
+    folders = [tmp_path / ".cache" / name for name in ("one", "other")]
+    for folder in folders:
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "model.safetensors").write_text(folder.name)
+    first, other = (files_fingerprint(str(folder)) for folder in folders)
+    assert first != other
+    (folders[0] / ".git" / "a" / "b" / "c").mkdir(parents=True)
+    (folders[0] / ".git" / "a" / "b" / "c" / "x").touch()
+    assert files_fingerprint(str(folders[0])) == first
+
+
 def test_paths_that_are_no_files_stand_for_themselves() -> None:
     assert files_fingerprint("Qwen/Qwen2.5-1.5B") == "by name: Qwen/Qwen2.5-1.5B"
     assert files_fingerprint("/nowhere/at/all") == "not there"

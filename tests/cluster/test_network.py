@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
+from npu_qat.cluster import rendezvous
 from npu_qat.training import network
 from npu_qat.training.network import Interface, interface_to, name_interface, reach
 
@@ -20,6 +22,60 @@ def test_the_way_to_this_machine_is_the_loopback() -> None:
 def test_a_name_that_nobody_knows_says_so_and_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"'no-such-host.invalid' does not resolve .*/etc/hosts"):
         interface_to("no-such-host.invalid")
+
+
+class Clock:
+    """Time that passes by sleeping alone, and a name that resolves from second ``at`` on."""
+
+    def __init__(self, at: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.at, self.resolve = 100.0, 100.0 + at, socket.getaddrinfo
+        monkeypatch.setattr(network.socket, "getaddrinfo", self.getaddrinfo)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def getaddrinfo(self, host: str, port: int, **options: Any) -> Any:
+        if self.now < self.at:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return self.resolve("127.0.0.1", port, **options)
+
+
+def test_a_name_that_resolves_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(30.5, monkeypatch)
+    found = interface_to("node-a", 9, 60.0, clock=clock, sleep=clock.sleep)
+    assert found == Interface("lo", "127.0.0.1") and clock.now == 131.0
+
+
+def test_a_name_is_waited_for_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(30.5, monkeypatch)
+    with pytest.raises(ValueError, match="'node-a' does not resolve"):
+        interface_to("node-a", 9, 20.5, clock=clock, sleep=clock.sleep)
+    assert clock.now == 120.5
+
+
+def test_what_is_left_of_the_wait_is_for_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(45.0, monkeypatch)
+    waits: list[float] = []
+
+    def reach(host: str, port: int, wait: float) -> None:
+        waits.append(wait)
+
+    monkeypatch.setattr(rendezvous, "reach", reach)
+    checks = rendezvous.examine("node-a", 9, 60.0, clock=clock, sleep=clock.sleep)
+    assert [check.status for check in checks] == ["ok", "ok"]
+    assert waits == [15.0] and "answers after 45.0 s" in checks[1].value
+
+
+def test_a_name_that_never_resolves_is_the_answer_after_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(1000.0, monkeypatch)
+    (check,) = rendezvous.examine("node-a", 9, 60.0, clock=clock, sleep=clock.sleep)
+    assert check.status == "missing" and "does not resolve" in check.value
+    assert clock.now == 160.0
 
 
 def test_libraries_are_told_the_interface_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

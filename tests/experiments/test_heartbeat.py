@@ -57,6 +57,22 @@ def test_a_file_that_cannot_be_written_is_an_error_at_the_start(
         with_heartbeat(lambda: False)
 
 
+def test_a_file_that_cannot_be_written_any_more_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.0)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    file = folder / "heartbeat"
+    monkeypatch.setenv(VARIABLE, str(file))
+    ask = with_heartbeat(lambda: True)
+    file.unlink()
+    folder.rmdir()
+    assert ask() is True
+    folder.mkdir()
+    assert ask() is True and file.exists(), "it goes on when it can"
+
+
 def test_a_file_from_the_future_has_no_negative_age(tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
     file.touch()

@@ -59,8 +59,16 @@ def test_modes_have_their_common_names(
     assert {p.activation_profile for p in plan if p.path != "lm_head"} == {activation}
 
 
-@pytest.mark.parametrize("profile", ["ascend950", "nvfp4"])
-@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize(
+    ("profile", "axis"),
+    [
+        ("ascend950", "row"),
+        ("ascend950", "column"),
+        ("nvfp4", "row"),
+        ("nvfp4", "column"),
+        ("ascend950-dual", "row"),
+    ],
+)
 @pytest.mark.parametrize(
     ("storage", "during"),
     [("image", "both"), ("packed", "both"), ("image", "training"), ("packed", "rollout")],
@@ -87,6 +95,16 @@ def test_planned_bytes_are_those_that_are_stored(
         stored = sum(t.numel() * t.element_size() for t in tensors.values())
         assert planned.bytes_stored == stored, planned
         assert planned.bytes_16bit == 2 * planned.in_features * planned.out_features
+
+
+def test_a_dual_level_input_makes_the_images_of_weights_fp32() -> None:
+    recipe = Recipe(activation_profile="ascend950-dual", base_storage="image")
+    handle = prepare_model(tiny_model(dtype=torch.bfloat16), recipe)
+    for planned in handle.plan:
+        if planned.quantized:
+            image = handle.layers[planned.path].weight_image
+            assert image.dtype == torch.float32
+            assert planned.bytes_stored == image.numel() * 4
 
 
 # --- exclusions -----------------------------------------------------------------------------

@@ -63,11 +63,13 @@ class FusingBackend(EmulationBackend):
         return torch.zeros_like(gate), torch.zeros_like(up)
 
 
-def run_config(storage: str = "image", rank: int = 8) -> RunConfig:
-    """A run of a bf16 model with adapters on every linear."""
+def run_config(
+    storage: str = "image", rank: int = 8, profile: str = "ascend950", dtype: str = "bf16"
+) -> RunConfig:
+    """A run with adapters on every linear. ``profile``: of the activations."""
     return RunConfig(
-        model=ModelConfig(),
-        quant=Recipe(base_storage=storage),
+        model=ModelConfig(dtype=dtype),
+        quant=Recipe(base_storage=storage, activation_profile=profile),
         lora=LoraSection(r=rank, alpha=rank),
     )
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from npu_qat.planning.calibration import (
+    LOGIT_MOVES,
     NEUTRAL,
     calibrate,
     errors,
@@ -34,12 +40,13 @@ from npu_qat.planning.steps import (
     token_seconds,
     token_work,
 )
+from npu_qat.training import batches
 
 H100 = HARDWARE["h100"]
 TRUE = Efficiency(
     matmul=0.6,
     activation_moves=4.0,
-    logit_moves=3.0,
+    logit_moves=LOGIT_MOVES,
     forward_host_seconds=1.5e-3,
     backward_host_seconds=2.5e-3,
     adapter_step_seconds=2e-5,
@@ -194,7 +201,9 @@ def test_too_few_rows_and_unknown_peaks_are_refused(tmp_path: Path) -> None:
         fit(few, H100)
     file = tmp_path / "rows.json"
     silent = [row for row in made_rows() if row["kind"] != "decode"]
-    file.write_text(json.dumps({"rows": silent, "environment": {"processor": "host"}}))
+    file.write_text(
+        json.dumps({"rows": silent, "environment": {"processor": "host", "device": "cpu"}})
+    )
     with pytest.raises(ValueError, match="needs at least 2 rollouts"):
         calibrate(file, H100)
     with pytest.raises(ValueError, match="needs the peaks of the device: --tflops"):
@@ -203,10 +212,11 @@ def test_too_few_rows_and_unknown_peaks_are_refused(tmp_path: Path) -> None:
 
 def test_a_calibration_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    environment = {"accelerator": "chip", "processor": "host"}
+    environment = {"accelerator": "NVIDIA H100 PCIe", "processor": "host", "device": "cuda"}
     file.write_text(json.dumps({"rows": made_rows(), "environment": environment}))
     made = calibrate(file, H100)
-    assert (made.device, made.source) == ("chip", "rows.json")
+    assert (made.device, made.source) == ("NVIDIA H100 PCIe", "rows.json")
+    assert made.storages == ("image", "packed")
     copy = tmp_path / "calibration.json"
     copy.write_text(json.dumps(made.as_dict()))
     assert load_calibration(copy) == made
@@ -214,3 +224,66 @@ def test_a_calibration_is_read_back(tmp_path: Path) -> None:
     assert shipped is None or 0 < shipped.efficiency.matmul <= 1
     assert made.error("update time") is not None and made.error("nothing") is None
     assert replace(NEUTRAL, matmul=0.5) != NEUTRAL
+
+
+@pytest.mark.parametrize(
+    ("environment", "soc", "fits"),
+    [
+        ({"device": "cpu", "processor": "AMD EPYC"}, "h100", False),
+        ({"device": "cuda", "accelerator": "NVIDIA H200"}, "h100", False),
+        ({"device": "cuda", "accelerator": "NVIDIA H100 80GB HBM3"}, "a100-80gb", False),
+        ({"device": "cuda", "accelerator": "NVIDIA GH200 480GB"}, "h200", False),
+        ({"device": "cuda", "accelerator": "NVIDIA A100-SXM4-80GB"}, "a100-80gb", True),
+        ({"device": "cuda", "accelerator": "NVIDIA L40S"}, "l40s", True),
+        ({"device": "npu", "accelerator": "Ascend910_9392"}, "h100", False),
+        ({"device": "npu", "accelerator": "Ascend950"}, "ascend-950dt", True),
+    ],
+)
+def test_rows_of_another_device_are_refused(
+    environment: dict[str, str], soc: str, fits: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"rows": made_rows(), "environment": environment}))
+    hardware = find_hardware(soc, tflops=300, bandwidth=3000, link=100)
+    if fits:
+        assert calibrate(file, hardware).device == environment["accelerator"]
+        return
+    device = environment.get("accelerator") or environment["processor"]
+    with pytest.raises(ValueError, match=f"measured on {device}, not on {hardware.name}"):
+        calibrate(file, hardware)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that each kind of operation reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            touched = [t for t in tree_leaves((args, made)) if isinstance(t, torch.Tensor)]
+            self.bytes[func.overloadpacket.__name__] += sum(t.nbytes for t in touched)
+        return made
+
+
+def test_logits_are_moved_as_often_as_the_code_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch's dispatcher sees, and what its kernels are known to do beside that."""
+    monkeypatch.setattr(batches, "CHUNK_ELEMENTS", 1)  # in pieces, as a real vocabulary
+    rows, tokens, vocabulary = 4, 16, 2048
+    logits = torch.randn(rows, tokens + 1, vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    samples = [batches.Sample([1], [3] * tokens) for _ in range(rows)]
+    batch = batches.collate(samples, 0, torch.device("cpu"))
+    with Traffic() as traffic:
+        found = batches.completion_logp(lambda **_: SimpleNamespace(logits=logits), batch)
+        found.sum().backward()
+    whole = 4 * rows * tokens * vocabulary
+    seen = {name: size / whole for name, size in traffic.bytes.items()}
+    # These touch a token's number of a row; under a dispatch mode the second also makes a copy.
+    of_tokens = {"gather": seen.pop("gather"), "scatter_add": seen.pop("scatter_add")}
+    assert min(of_tokens.values()) > 0
+    softmax = 2 * 2 + 1  # maximum and sum, forward and again; the gradients' sum
+    zeros, matmuls = 0.5, 0.5 + 0.5  # before the slice's gradient is put in; head, both ways
+    moves = sum(seen.values()) + softmax + zeros + matmuls
+    assert moves / 3 == pytest.approx(LOGIT_MOVES, rel=0.02)

@@ -10,6 +10,7 @@ import pytest
 from npu_qat.cli import main
 from npu_qat.config import load_config
 
+SFT = ["--set", "train.method=sft", "--set", "evaluation.metric=answer_perplexity"]
 SMALL = ["--model", "qwen2.5-0.5b", "--soc", "h100", "--prompt-tokens", "64"]
 
 
@@ -59,18 +60,36 @@ def test_a_measured_calibration_gives_times(
     from tests.planning.test_calibration import made_rows
 
     file = tmp_path / "rows.json"
-    environment = {"accelerator": "a chip", "processor": "host"}
+    environment = {"accelerator": "an H100", "processor": "host", "device": "cuda"}
     file.write_text(json.dumps({"rows": made_rows(), "environment": environment}))
     code, out, _ = plan(capsys, *SMALL, "--calibrate", str(file))
     assert code == 0
-    assert "efficiencies measured on a chip (rows.json)" in out
+    assert "efficiencies measured on an H100 (rows.json)" in " ".join(out.split())
+    assert "the intervals say nothing about other devices" in " ".join(out.split())
     assert "decoding steps" in out and "forward and backward" in out
+
+
+def test_intervals_of_the_shipped_calibration_are_those_of_images(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = plan(capsys, *SMALL)
+    assert code == 0
+    assert "say nothing about packed storage and other devices" in " ".join(out.split())
+
+
+def test_another_engine_has_no_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    code, out, err = plan(capsys, *SMALL, "--set", "rollout.engine=vllm", "--json", str(file))
+    assert code == 0, err
+    assert "no times: rollout.engine vllm has its own" in " ".join(out.split())
+    layouts = json.loads(file.read_text())["layouts"]
+    assert layouts and all(layout["fits"] and layout["seconds"] is None for layout in layouts)
 
 
 def test_what_does_not_fit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, *SMALL, "--memory-gib", "3")
     assert code == 0
-    assert "nothing fits. The nearest is" in out and "too" in out
+    assert "nothing fits. The nearest is" in out and "too much" in out
     assert "--set" not in out
 
 
@@ -89,6 +108,14 @@ def test_known_models_and_devices_are_listed(capsys: pytest.CaptureFixture[str])
         (["--model", "qwen2.5-7b", "--soc", "ascend-910b"], "give --memory-gib"),
         ([*SMALL, "--devices", "0"], "--devices must be at least 1"),
         ([*SMALL, "--completion-tokens", "0"], "must be at least 1"),
+        ([*SMALL, "--completion-tokens", "0", *SFT], "must be at least 1"),
+        ([*SMALL, "--memory-gib", "nan"], "memory must be positive and finite"),
+        ([*SMALL, "--tflops", "inf"], "flops must be positive and finite"),
+        (
+            [*SMALL, "--reserve-gib", "-100"],
+            "--reserve-gib must be 0 or more, and finite",
+        ),
+        ([*SMALL, "--reserve-gib", "nan"], "--reserve-gib must be 0 or more"),
         ([*SMALL, "--calibrate", "nowhere.json"], "nowhere.json: no result of"),
         ([*SMALL, "--json", "nowhere/plan.json"], "its folder does not exist"),
         (["--model", "./nowhere", "--soc", "h100"], "is no local folder, not in the hub cache"),

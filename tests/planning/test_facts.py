@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from npu_qat.bench.models import random_model
 from npu_qat.config import LoraSection, ModelConfig, RunConfig
+from npu_qat.layers import plan_linears, prepare_model
 from npu_qat.layers.quant_linear import QuantLinear
 from npu_qat.planning.facts import model_facts
 from npu_qat.planning.model import (
@@ -18,7 +21,14 @@ from npu_qat.planning.model import (
     known_models,
     read_architecture,
 )
-from tests.planning.models import adapted_model, facts_of_small
+from tests.planning.models import (
+    adapted_model,
+    facts_of_small,
+    run_config,
+    small_architecture,
+)
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 # As the publishers state them, to the last parameter (tied embeddings once).
 PUBLISHED = {
@@ -77,6 +87,18 @@ def test_bytes_and_adapters_are_those_of_the_built_model(name: str, storage: str
     assert facts.tied == (name == "qwen2.5-1.5b")
 
 
+@pytest.mark.parametrize("storage", ["image", "packed"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_dual_level_base_has_fp32_images_in_any_dtype(dtype: str, storage: str) -> None:
+    shape = small_architecture()
+    config = run_config(storage, profile="ascend950-dual", dtype=dtype)
+    on_meta = build_on_meta(shape, config.model)
+    facts = model_facts(on_meta, shape, plan_linears(on_meta, config.quant), config)
+    model = random_model(shape, torch.device("cpu")).to(getattr(torch, TORCH_NAMES[dtype]))
+    prepare_model(model, config.quant)
+    assert facts.bytes_stored == sum(t.numel() * t.element_size() for t in model.parameters())
+
+
 def test_siblings_keep_their_input_once() -> None:
     # q, k, v: 128; o: 128; gate, up: 128; down: 320; two layers.
     assert facts_of_small().saved_inputs == 2 * (128 + 128 + 128 + 320)
@@ -86,8 +108,6 @@ def test_only_named_linears_are_adapted() -> None:
     config = RunConfig(lora=LoraSection(r=4, targets=("q_proj", "v_proj")))
     shape = architecture("qwen2.5-0.5b")
     model = build_on_meta(shape, config.model)
-    from npu_qat.layers.plan import plan_linears
-
     linears = plan_linears(model, config.quant)
     facts = model_facts(model, shape, linears, config)
     assert facts.lora_parameters == 24 * 4 * ((896 + 896) + (896 + 128))
@@ -99,8 +119,6 @@ def test_only_named_linears_are_adapted() -> None:
 
 def test_an_architecture_without_the_needed_numbers_is_refused() -> None:
     model = build_on_meta(architecture("qwen2.5-0.5b"), ModelConfig())
-    from npu_qat.layers.plan import plan_linears
-
     config = RunConfig()
     other = SimpleNamespace(num_attention_heads=4, hidden_size=8)
     with pytest.raises(ValueError, match="has no num_hidden_layers"):

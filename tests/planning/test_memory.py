@@ -192,6 +192,10 @@ def test_what_else_holds_a_model_is_counted(facts: ModelFacts) -> None:
     assert all("teacher in 16 bits" in parts for parts in taught.phases.values())
     compensated = predict_memory(facts, Layout(compensation=True), LOAD)
     assert compensated.total("compensate") > 2 * GIB
+    # A linear of 8192 x 32768: its sums in fp64, and the decomposition of one of them.
+    wide = replace(facts, hidden=8192, intermediate=32768)
+    statistics = predict_memory(wide, Layout(compensation=True), LOAD).phases["compensate"]
+    assert statistics["statistics of inputs"] == (10 + 24) * GIB
     assert "rollout" not in predict_memory(facts, Layout(), Load(1, 8, 8)).phases
 
 

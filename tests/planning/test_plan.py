@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from npu_qat.config import RunConfig, load_config
 from npu_qat.planning.efficiency import Calibration, Efficiency, Error
+from npu_qat.planning.facts import ModelFacts
 from npu_qat.planning.hardware import HARDWARE, find_hardware
-from npu_qat.planning.memory import GIB, predict_memory
+from npu_qat.planning.memory import GIB, Load, predict_memory
 from npu_qat.planning.plan import RESERVE_GIB, Lengths, ScalePlan, make_plan, resolve_model
+from npu_qat.planning.steps import token_work
 
 LENGTHS = Lengths(200, 600)
 SOME = Calibration(
@@ -126,6 +129,39 @@ def test_a_device_that_multiplies_codes_keeps_them_beside_the_image() -> None:
     assert stored("ascend-950dt", "quant.injection_point=weight") == stored("h100")
 
 
+def test_fp8_keeps_the_codes_and_an_8_bit_copy_of_the_image() -> None:
+    def facts(*overrides: str, storage: str = "image", zero: int = 0) -> ModelFacts:
+        return make_plan(
+            config_of("qwen2.5-1.5b", *overrides),
+            HARDWARE["h100"],
+            1,
+            None,
+            lengths=LENGTHS,
+            stages=(zero,),
+            storages=(storage,),
+        ).facts
+
+    asked = "quant.matmul=fused"
+    weights = facts().quantized_parameters
+    rows = 28 * (3 * 1536 + 2 * 256 + 2 * 8960)  # q, o, down; k, v; gate, up
+    beside = weights * 17 // 32 + weights + 4 * rows
+    assert facts(asked).bytes_beside == beside
+    assert facts(asked).bytes_stored - facts().bytes_stored == beside
+    assert facts(asked, storage="packed").bytes_beside == 4 * rows
+    # Stage 3 frees what it gathered, so the copy is made again each time.
+    assert facts(asked, zero=3).bytes_beside == weights * 17 // 32
+    # The 16-bit weights of another phase are kept once.
+    during = "quant.apply_during=training"
+    assert facts(asked, during).bytes_stored - facts(during).bytes_stored == beside
+
+
+def test_what_is_beside_the_image_is_not_read_for_a_token() -> None:
+    load = Load(1, 1, 1, rollout_rows=8, prompt=16, new_tokens=16)
+    plain = plan_of("qwen2.5-1.5b", 1).facts
+    more = replace(plain, bytes_stored=plain.bytes_stored + 5, bytes_beside=5)
+    assert token_work(more, load) == token_work(plain, load)
+
+
 def test_stage_3_has_no_time_where_nobody_measured_it() -> None:
     unknown = replace(SOME, efficiency=replace(SOME.efficiency, zero3_layer_seconds=None))
     plan = make_plan(config_of("qwen2.5-1.5b"), HARDWARE["h100"], 2, unknown, lengths=LENGTHS)
@@ -158,6 +194,12 @@ def test_unknown_memory_is_asked_for() -> None:
         (lambda: plan_of("qwen2.5-1.5b", 0), "--devices must be at least 1"),
         (lambda: find_hardware("b300"), "unknown --soc 'b300'; choose from a100"),
         (lambda: find_hardware("h100", tflops=-1), "flops must be positive"),
+        (lambda: find_hardware("h100", bandwidth=math.inf), "bandwidth must be positive"),
+        (lambda: find_hardware("h100", memory_gib=math.nan), "memory must be positive"),
+        (
+            lambda: make_plan(config_of("qwen2.5-1.5b"), HARDWARE["h100"], 1, SOME, reserve=-GIB),
+            "--reserve-gib must be 0 or more",
+        ),
         (
             lambda: make_plan(
                 config_of("qwen2.5-1.5b"), HARDWARE["h100"], 1, SOME, lengths=Lengths(0, 5)

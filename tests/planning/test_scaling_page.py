@@ -50,3 +50,7 @@ def test_the_shipped_calibration_is_that_of_its_file() -> None:
         found = getattr(shipped.efficiency, name)
         assert found == (None if value is None else pytest.approx(value, rel=1e-6)), name
     assert set(again.errors) == set(shipped.errors)
+    for quantity, error in again.errors.items():
+        known = shipped.errors[quantity]
+        assert (known.low, known.high) == pytest.approx((error.low, error.high), rel=1e-6), quantity
+    assert again.storages == shipped.storages

@@ -54,6 +54,23 @@ def test_the_newest_is_taken_and_older_ones_are_deleted(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000015", "step-000100"]
 
 
+def test_a_copy_that_a_user_made_beside_them_is_left_alone(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(10), keep=1)
+    for copy in ("step-000010-best", "step-99", "step-000030.old"):
+        shutil.copytree(tmp_path / "step-000010", tmp_path / copy)
+    for step in (20, 5):  # removes what is older, then what is later
+        save_checkpoint(tmp_path, state(step), keep=1)
+        assert_same(load_newest(tmp_path, unexpected), state(step))
+    assert names(tmp_path) == ["step-000005", "step-000010-best", "step-000030.old", "step-99"]
+
+
+def test_a_million_steps_come_after_less(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, state(step), keep=2)
+    assert_same(load_newest(tmp_path, unexpected), state(1_000_000))
+    assert names(tmp_path) == ["step-1000000", "step-999999"]
+
+
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "never", unexpected) is None
     assert load_newest(tmp_path, unexpected) is None
