@@ -153,15 +153,15 @@ class PeerWatch:
 
     def _pulse(self) -> None:
         """Write, read and judge until the end. Only this thread waits for the store."""
-        while self.verdict is None and not self._ended.wait(self.interval):
-            try:
+        try:
+            self._read()  # at once: who is lost before the first beat shall have a name
+            while self.verdict is None and not self._ended.wait(self.interval):
                 self._write()
                 self._read()
-            except Exception as error:  # torch raises several kinds for a store that went away
-                self._conclude(self._store_gone(_one_line(error)), tell=False)
-                return
-            self._answered = self.clock()
-            self._conclude(self.judge(), tell=True)
+                self._answered = self.clock()
+                self._conclude(self.judge(), tell=True)
+        except Exception as error:  # torch raises several kinds for a store that went away
+            self._conclude(self._store_gone(_one_line(error)), tell=False)
 
     def _guard(self) -> None:
         """End the process if nothing else does: the other thread may hang in a connection to a dead
