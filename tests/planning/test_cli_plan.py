@@ -86,7 +86,10 @@ def test_another_engine_has_no_times(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert layouts and all(layout["fits"] and layout["seconds"] is None for layout in layouts)
 
 
-def test_what_does_not_fit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # so that no cell of the table is broken
     code, out, _ = plan(capsys, *SMALL, "--memory-gib", "3")
     assert code == 0
     assert "nothing fits. The nearest is" in out and "too much" in out
