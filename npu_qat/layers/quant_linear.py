@@ -46,6 +46,7 @@ from npu_qat.backends import (
 )
 from npu_qat.config import Recipe
 from npu_qat.layers.matmul import EMULATED, MatmulMode
+from npu_qat.layers.plan import multiplies_in_fp32
 from npu_qat.layers.rotation import (
     INPUT_FACTOR,
     RotatingBackend,
@@ -319,11 +320,7 @@ class QuantLinear(nn.Linear):
     def operand_dtype(self) -> torch.dtype:
         """dtype of both operands of the emulated matmul: the layer's, which holds them exactly, or
         fp32 where a profile has fp32 scales inside the sum (dual-level)."""
-        recipe = self.state.recipe
-        used = [recipe.weight_profile] if recipe.quantizes_weight else []
-        used += [recipe.activation_profile] if recipe.quantizes_input else []
-        dual = any(get_profile(name).level0_block for name in used)
-        return torch.float32 if dual else self.dtype
+        return torch.float32 if multiplies_in_fp32(self.state.recipe) else self.dtype
 
     def _image(self, q: QuantizedTensor) -> torch.Tensor:
         """Element x block scale in the operands' dtype; the tensor scale goes to the result."""

@@ -153,15 +153,22 @@ class PeerWatch:
 
     def _pulse(self) -> None:
         """Write, read and judge until the end. Only this thread waits for the store."""
-        try:
-            self._read()  # at once: who is lost before the first beat shall have a name
-            while self.verdict is None and not self._ended.wait(self.interval):
-                self._write()
-                self._read()
+        # Read at once: who is lost before the first beat shall have a name.
+        reached = self._reaches_store(self._read)
+        while reached and self.verdict is None and not self._ended.wait(self.interval):
+            reached = self._reaches_store(self._write, self._read)
+            if reached:
                 self._answered = self.clock()
                 self._conclude(self.judge(), tell=True)
+
+    def _reaches_store(self, *calls: Callable[[], None]) -> bool:
+        try:
+            for call in calls:
+                call()
         except Exception as error:  # torch raises several kinds for a store that went away
             self._conclude(self._store_gone(_one_line(error)), tell=False)
+            return False
+        return True
 
     def _guard(self) -> None:
         """End the process if nothing else does: the other thread may hang in a connection to a dead
