@@ -8,8 +8,8 @@ What this engine decides, and DeepSpeed does not:
 * **Accumulation.** An update takes any number of micro-batches. The engine marks the last one; the
   loss of each is scaled by the caller so that their sum over micro-batches and ranks is the loss
   of the update; a factor of the world size undoes DeepSpeed's average over ranks.
-* **Launch.** One plain process needs no launcher, no MPI and no compiler: the rendezvous variables
-  are filled in, and the CPU communication kernel that DeepSpeed would compile is left out (gloo
+* **Launch.** One plain process needs no launcher, no MPI, no port and no compiler: its group of one
+  meets in memory, and the CPU communication kernel that DeepSpeed would compile is left out (gloo
   does the work).
 
 Gradients are checked for NaN and Inf as they are made; an update with such a gradient never
@@ -23,7 +23,6 @@ import atexit
 import logging
 import math
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -74,24 +73,17 @@ def launch_environment(device: torch.device) -> None:
     """Join the process group, or make one of a single process. Call before any model; a second
     call does nothing.
 
-    Raises ValueError if DeepSpeed was imported before and took another accelerator.
+    Raises ValueError if DeepSpeed was imported before and took another accelerator, or if the
+    launcher's variables are incomplete.
 
-    Respects the variables that torchrun and the deepspeed launcher set. Those that it fills in for
-    a single process it takes away again, for programs that this process starts would take them for
-    their own launcher's.
+    Respects the variables that torchrun and the deepspeed launcher set. Without them the process is
+    alone and its group meets in memory: there is no port to choose, and so none that another of many
+    processes that start at once may take first.
     """
     os.environ["DS_ACCELERATOR"] = device.type  # the device was chosen, with a reason
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it later, too
     if torch.distributed.is_initialized():
         return
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    filled_in = [name for name in alone if name not in os.environ]
-    os.environ.update({name: alone[name] for name in filled_in})
     _quiet()
     import deepspeed
     import deepspeed.ops
@@ -105,13 +97,29 @@ def launch_environment(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).set_device(int(os.environ["LOCAL_RANK"]))
     name_interface(device.type)
-    _meet()
     backend = COLLECTIVES[device.type]
+    if _is_launched():
+        _meet()
+    else:
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     watch_peers()
-    for name in filled_in:
-        del os.environ[name]
     atexit.register(_leave)
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process; it may have started no other."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: start the processes with torchrun or "
+            "the deepspeed launcher, or unset WORLD_SIZE for a single one"
+        )
+    return not missing
 
 
 def _meet() -> None:
@@ -538,13 +546,6 @@ def _config(
         "wall_clock_breakdown": False,
         **overrides,
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _quiet() -> None:

@@ -79,9 +79,17 @@ def test_deepspeed_is_told_of_the_npu_before_it_is_imported_and_takes_hccl(
     monkeypatch.setitem(sys.modules, "deepspeed.ops", SimpleNamespace())
     monkeypatch.setattr(engine, "check_accelerator", lambda device: None)
     monkeypatch.setattr(torch, "npu", SimpleNamespace(set_device=placed.append), raising=False)
+    met: list[str] = []
+
+    def meet(backend: str, **how: object) -> None:
+        assert how["world_size"] == 1
+        met.append(backend)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(engine, "watch_peers", lambda: None)
     os.environ["LOCAL_RANK"] = "3"
     launch_environment(npu)
-    assert joined == ["hccl"] and placed == [3]
+    assert joined == met == ["hccl"] and placed == [3]
 
 
 def test_an_accelerator_chosen_before_the_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ from npu_qat.training import engine as module
 from npu_qat.training.engine import (
     Engine,
     TrainingError,
+    _is_launched,
     launch_environment,
     shut_down,
     world,
 )
+from tests.training.launching import RENDEZVOUS, environment
 from tests.training.learning import adapters, make_learner, run_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -58,6 +62,35 @@ def test_one_process_needs_no_launcher() -> None:
 
 def test_programs_started_from_here_are_not_taken_for_ranks() -> None:
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+
+
+def test_a_single_process_meets_itself_without_a_port() -> None:
+    """Of forty that start at once, two would now and then take the same one for free."""
+    code = """
+import torch
+from torch.distributed import rendezvous
+rendezvous.TCPStore = None
+from npu_qat.training.engine import launch_environment, world
+launch_environment(torch.device("cpu"))
+torch.distributed.barrier()
+assert world() == (0, 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_half_a_launchers_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RENDEZVOUS:
+        monkeypatch.delenv(name, raising=False)
+    assert not _is_launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not _is_launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT are not set.*torchrun"):
+        _is_launched()
 
 
 def test_a_process_may_carry_out_several_runs() -> None:
