@@ -18,6 +18,10 @@ are equal bit for bit, which the tests check over every 16-bit pattern.
 other. Instead the kernels run on the OpenMP pool that PyTorch itself uses (``GOMP_parallel`` of the
 library that torch has loaded), in as many threads as ``torch.get_num_threads()`` says.
 
+**One file.** Numba keeps the machine code of ``quantize`` and ``dequantize`` on disk, and makes it
+anew when the file in which they are defined has changed. A change in another file, from which they
+take a function, it does not notice, so that everything they are made of is defined here.
+
 **Calls.** Tensors come as addresses, so that a call costs about a microsecond. The caller
 (``cpu.py``) answers for shapes, contiguity and lifetimes.
 

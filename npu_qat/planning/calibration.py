@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from npu_qat.config import LoraSection, ModelConfig, Recipe, RunConfig
+from npu_qat.planning.cases import RANK
 from npu_qat.planning.efficiency import Calibration, Efficiency, Error
 from npu_qat.planning.facts import ModelFacts, model_facts
 from npu_qat.planning.hardware import Hardware, find_hardware
-from npu_qat.planning.measure import RANK
 from npu_qat.planning.memory import REDUCE_BUCKET, Layout, Load, predict_memory
 from npu_qat.planning.model import architecture, build_on_meta
 from npu_qat.planning.steps import (

@@ -14,8 +14,9 @@ from npu_qat.backends import BackendUnavailable, PackedWeight, ascendc
 from npu_qat.backends.ascendc.rules import KernelRule, kernel_profiles, kernel_rule
 from npu_qat.config import Recipe
 from npu_qat.layers import prepare_model
+from tests.adversarial import ordinary
 from tests.kernels_ascendc import host_model
-from tests.kernels_ascendc.inputs import ordinary, same
+from tests.numerics.compare import same
 from tests.training.tiny import tiny_model
 
 

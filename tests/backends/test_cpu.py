@@ -18,7 +18,7 @@ from npu_qat.backends import BackendUnavailable, select
 from npu_qat.backends.base import PackedWeight
 from npu_qat.backends.cpu import CpuBackend
 from npu_qat.numerics import get_profile, profile_names
-from tests.numerics import adversarial
+from tests import adversarial
 from tests.numerics.compare import DTYPES, bits
 
 BACKEND = CpuBackend()

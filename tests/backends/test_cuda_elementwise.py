@@ -12,7 +12,7 @@ from npu_qat.backends.cuda import elementwise
 from npu_qat.layers.rotation import INPUT_FACTOR, rotate_input
 from npu_qat.numerics import PROFILES, Profile, dequantize, fake_quant, quantize
 from npu_qat.numerics.scales import largest_finite, nvfp4_tensor_scale
-from tests.backends.adversarial import anything, every_fp32_exponent, every_pattern
+from tests import adversarial
 from tests.backends.kernels import DEVICE, INTERPRETED, needs_kernels
 from tests.numerics.compare import bits
 
@@ -88,9 +88,9 @@ def each(names: list[str]) -> list[tuple[str, torch.dtype]]:
 @pytest.mark.skipif(not INTERPRETED, reason="there is a GPU, which runs more than this")
 def test_interpreted_kernels_give_the_reference_bytes(name: str, dtype: torch.dtype) -> None:
     profile = PROFILES[name]
-    check(anything(dtype, (9, 64)), profile, scales=1)
+    check(adversarial.anything(dtype, (9, 64)), profile, scales=1)
     if profile.forced_axis is None:
-        check(anything(dtype, (6, 37, 3)), profile, 1, scales=1, packed=False)
+        check(adversarial.anything(dtype, (6, 37, 3)), profile, 1, scales=1, packed=False)
 
 
 @pytest.mark.gpu
@@ -100,7 +100,7 @@ def test_interpreted_kernels_give_the_reference_bytes(name: str, dtype: torch.dt
 class TestOnGpu:
     def test_every_layout(self, name: str, dtype: torch.dtype) -> None:
         profile = PROFILES[name]
-        x = anything(dtype, (96, 544))
+        x = adversarial.anything(dtype, (96, 544))
         check(x, profile)
         check(x[:, :401], profile)  # a tail, and rows further apart than they are long
         if profile.forced_axis is None:
@@ -121,18 +121,16 @@ class TestOnGpu:
     def test_every_pattern(self, name: str, dtype: torch.dtype) -> None:
         profile = PROFILES[name]
         if dtype == torch.float32:
-            x = every_fp32_exponent(profile.block_size)
+            x = adversarial.fp32_blocks(profile.block_size)
         else:
-            x = every_pattern(dtype, profile.block_size)
+            x = adversarial.patterns_under_maxima(dtype, profile.block_size)
         check(x.unsqueeze(-1) if profile.forced_axis == -2 else x, profile, packed=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_byte_under_every_scale(dtype: torch.dtype) -> None:
     """Two codes and a scale are 2^16 cases; bf16 has a kernel of its own on a GPU."""
-    scales = torch.arange(256, dtype=torch.uint8)
-    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
-    weight = PackedWeight(packed, scales.repeat_interleave(16).view(256, 16), (256, 512), "ocp")
+    weight = PackedWeight(*adversarial.every_code_and_scale(), (256, 512), "ocp")
     found = elementwise.dequantize(
         weight.packed.to(DEVICE),
         weight.scales.to(DEVICE),

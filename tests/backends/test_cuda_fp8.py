@@ -16,7 +16,7 @@ from npu_qat.config import Recipe
 from npu_qat.layers import prepare_model
 from npu_qat.numerics import dequantize, fake_quant, get_profile, quantize
 from npu_qat.numerics.profiles import PROFILES
-from tests.backends.adversarial import anything, every_pattern
+from tests import adversarial
 from tests.backends.kernels import DEVICE, INTERPRETED, needs_kernels
 from tests.layers.test_quant_linear import Block
 
@@ -56,14 +56,14 @@ def test_encoded_rows_are_the_numbers_of_the_profile(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES if not INTERPRETED else ["ascend950"])
 def test_every_bf16_pattern_is_encoded_as_the_profile_says(name: str) -> None:
     """One block a row. What is far below its row's largest number may lose bits of its own."""
-    x = every_pattern(torch.bfloat16, 32)[:: 997 if INTERPRETED else 1]
+    x = adversarial.patterns_under_maxima(torch.bfloat16, 32)[:: 997 if INTERPRETED else 1]
     found, wanted = decoded(x, name)
     assert not differs(found, wanted).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_far_below_their_row_are_cut_and_no_others(name: str) -> None:
-    x = anything(torch.bfloat16, (12 if INTERPRETED else 768, 96), seed=3)
+    x = adversarial.anything(torch.bfloat16, (12 if INTERPRETED else 768, 96), seed=3)
     found, wanted = decoded(x, name)
     # Of the row as it came: a number whose block becomes NaN or Inf counts, too. (The products of
     # such a row are NaN or Inf whatever the others are.)

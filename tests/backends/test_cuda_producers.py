@@ -13,7 +13,7 @@ from npu_qat.backends.cuda.backend import CudaBackend
 from npu_qat.numerics import get_profile, quantize
 from npu_qat.numerics.codec import dequantize
 from tests.backends.kernels import DEVICE, INTERPRETED, needs_kernels
-from tests.numerics.compare import bits
+from tests.numerics.compare import bits, rms_norm, ulps
 
 pytestmark = needs_kernels
 EPS = 1e-6
@@ -25,17 +25,6 @@ DTYPES = [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float16, to
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def module_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm as transformers' decoders compute it."""
-    h = x.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
-    return (weight * h.to(x.dtype)).to(x.dtype)
-
-
-def ulps(a: Tensor, b: Tensor) -> int:
-    return int((bits(a).long() - bits(b).long()).abs().max())
 
 
 def reference_operand(y: Tensor, profile: str, scale: Tensor | None) -> Tensor:
@@ -54,7 +43,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, profile: str) -> None:
     again, _ = BACKEND.rms_norm(x, weight, EPS, profile, scale)
     # The last bit of 1 / rms may flip the rounding of x / rms, once in thousands of elements; times
     # the weight that is up to two units in the last place. fp32 does not round in between.
-    wanted = module_norm(x, weight)
+    wanted = rms_norm(x, weight, EPS)
     assert ulps(y, wanted) <= (8 if dtype == torch.float32 else 2)
     assert dtype == torch.float32 or (bits(y) == bits(wanted)).float().mean() > 0.998
     assert torch.equal(y, again)
@@ -65,7 +54,7 @@ def test_norm_with_an_fp32_weight_and_without_quantising() -> None:
     x, weight = normal(4, 96), normal(96, dtype=torch.float32, seed=1)
     y, q = BACKEND.rms_norm(x, weight, EPS)
     assert q is None and y.dtype == torch.bfloat16
-    assert ulps(y, module_norm(x, weight)) <= 1
+    assert ulps(y, rms_norm(x, weight, EPS)) <= 1
 
 
 @pytest.mark.parametrize("given", ["both", "y", "q"])
@@ -126,6 +115,6 @@ def test_a_view_that_starts_between_16_bytes() -> None:
     x, weight = memory[1:].view(5, 96), normal(96, seed=1)
     for _ in range(2):
         y, _ = BACKEND.rms_norm(x, weight, EPS)
-        assert ulps(y, module_norm(x, weight)) <= 1
+        assert ulps(y, rms_norm(x, weight, EPS)) <= 1
         product, _ = BACKEND.silu_mul(x, x.clone())
         assert ulps(product, F.silu(x) * x) <= 2

@@ -16,8 +16,9 @@ import torch
 from npu_qat import numerics
 from npu_qat.backends.ascendc import AscendcBackend
 from npu_qat.backends.ascendc.rules import kernel_rule
+from tests.adversarial import ordinary
 from tests.kernels_ascendc.host_model import KERNELS
-from tests.kernels_ascendc.inputs import ordinary, rms_norm, same
+from tests.numerics.compare import rms_norm, same
 
 pytestmark = pytest.mark.slow  # compiles against torch's headers
 

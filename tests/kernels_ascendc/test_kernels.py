@@ -8,18 +8,10 @@ import torch
 from npu_qat import numerics
 from npu_qat.backends import BackendUnavailable
 from npu_qat.backends.ascendc.rules import kernel_profiles, kernel_rule
+from tests import adversarial
+from tests.adversarial import ordinary
 from tests.kernels_ascendc.host_model import HostKernels
-from tests.kernels_ascendc.inputs import (
-    every_code_and_scale,
-    every_pattern_as_element,
-    every_pattern_as_maximum,
-    ordinary,
-    rms_norm,
-    same,
-    special,
-    ties,
-    ulps,
-)
+from tests.numerics.compare import rms_norm, same, ulps
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROFILES = kernel_profiles()
@@ -51,14 +43,21 @@ def test_ordinary_numbers_of_all_shapes(kernels, profile, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_ties_and_special_values(kernels, profile, dtype):
-    check(kernels, ties(dtype), profile)
-    check(kernels, special(dtype), profile)
+    check(kernels, adversarial.ties(dtype), profile)
+    check(kernels, adversarial.special(dtype), profile)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_bf16_pattern_as_maximum_and_as_element(kernels, profile):
-    check(kernels, every_pattern_as_maximum(), profile)
-    check(kernels, every_pattern_as_element(), profile)
+    fractions = [k / 32 * (-1) ** (k + 1) for k in range(1, 32)]
+    check(kernels, adversarial.patterns_as_maximum(torch.bfloat16, fractions), profile)
+    check(kernels, adversarial.patterns_anywhere_under_maxima(), profile)
+    check(kernels, adversarial.patterns_under_maxima(torch.bfloat16, 32), profile)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_fp32_exponent_on_and_beside_ties(kernels, profile):
+    check(kernels, adversarial.fp32_blocks(32), profile)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -73,7 +72,7 @@ def test_random_float_patterns(kernels, profile):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_code_under_every_scale_is_decoded(kernels, dtype):
-    codes, scales = every_code_and_scale()
+    codes, scales = adversarial.every_code_and_scale()
     q = numerics.QuantizedTensor.from_packed(
         codes, scales, shape=(256, 512), profile=numerics.get_profile("ocp"), axis=-1
     )

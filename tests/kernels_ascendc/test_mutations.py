@@ -129,10 +129,9 @@ import sys
 from pathlib import Path
 import torch
 from npu_qat import numerics
+from tests.adversarial import every_code_and_scale, ordinary, special, ties
 from tests.kernels_ascendc.host_model import HostKernels
-from tests.kernels_ascendc.inputs import (
-    every_code_and_scale, ordinary, rms_norm, same, special, ties, ulps
-)
+from tests.numerics.compare import rms_norm, same, ulps
 kernels = HostKernels(Path(sys.argv[1]))
 good = True
 for profile in ("ascend950", "ascend950-rint"):

@@ -1,4 +1,4 @@
-"""Compare the package with the oracle, bit for bit."""
+"""Compare results bit for bit: with the oracle, or with each other."""
 
 from __future__ import annotations
 
@@ -16,6 +16,25 @@ def bits(x: Tensor) -> Tensor:
     """The bit patterns of a float tensor, every NaN as one pattern."""
     integer = torch.int32 if x.dtype == torch.float32 else torch.int16
     return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).view(integer)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit by bit, where a NaN is equal to any NaN; shapes and dtypes must be equal."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return torch.equal(bits(a), bits(b)) if a.dtype.is_floating_point else torch.equal(a, b)
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """The largest distance of floats of the same sign, in units of the last place."""
+    assert a.dtype == b.dtype
+    return int((bits(a).long() - bits(b).long()).abs().max())
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As transformers' decoders compute it: fp32 inside, rounded before and after the weight."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (weight * h.to(x.dtype)).to(x.dtype)
 
 
 def assert_as_oracle(x: Tensor, name: str, tensor_scale: float | None = None) -> None:

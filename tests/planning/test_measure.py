@@ -14,19 +14,10 @@ import pytest
 import torch
 
 from npu_qat.backends import select
-from npu_qat.planning.measure import (
-    MICRO_BATCHES,
-    Decode,
-    Job,
-    Update,
-    Worker,
-    is_measured,
-    jobs,
-    profiled_peak,
-    read_rows,
-    update_batches,
-)
+from npu_qat.planning.cases import Decode, Job, Update, jobs
+from npu_qat.planning.measure import is_measured, read_rows
 from npu_qat.planning.model import known_models
+from npu_qat.planning.worker import MICRO_BATCHES, Worker, profiled_peak, update_batches
 from tests.planning.models import SMALL
 
 

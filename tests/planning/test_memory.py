@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from npu_qat.planning import memory
+from npu_qat.planning.cases import Update
 from npu_qat.planning.facts import ModelFacts
-from npu_qat.planning.measure import Update, profiled_peak, update_batches
 from npu_qat.planning.memory import (
     FP32,
     GIB,
@@ -22,6 +22,7 @@ from npu_qat.planning.memory import (
     loss_work,
     predict_memory,
 )
+from npu_qat.planning.worker import profiled_peak, update_batches
 from npu_qat.training import batches
 from npu_qat.training.batches import collate, completion_logp
 from npu_qat.training.decode import roomy_cache

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from npu_qat.config import RunConfig
 from npu_qat.planning.calibration import NEUTRAL
+from npu_qat.planning.cases import Update
 from npu_qat.planning.facts import ModelFacts
 from npu_qat.planning.hardware import Hardware
-from npu_qat.planning.measure import Update, update_batches
 from npu_qat.planning.memory import Layout, Load
 from npu_qat.planning.steps import (
     PACKED_ROWS,
@@ -22,6 +22,7 @@ from npu_qat.planning.steps import (
     predict_step,
     token_work,
 )
+from npu_qat.planning.worker import update_batches
 from npu_qat.training.batches import collate, completion_logp
 from tests.planning.models import adapted_model, facts_of_small
 
