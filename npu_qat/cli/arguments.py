@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from npu_qat.config import Loaded
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
+EXAMPLES = "examples:"
 BACKENDS = ("auto", "reference", "cpu", "cuda", "npu", "ascendc")
 
 
@@ -31,9 +32,18 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = 
     )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Fills descriptions to the width of the terminal and leaves examples line by line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(EXAMPLES):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 def examples(*lines: str) -> str:
     """The examples at the end of a command's help. A test parses each line."""
-    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+    return EXAMPLES + "\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def load_from(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import BACKENDS, DEVICES, examples
+from npu_qat.cli.arguments import BACKENDS, DEVICES, HelpFormatter, examples
 from npu_qat.cli.terminal import make_console, report_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         "medians and ratios. On a GPU the shapes are those of Qwen2.5-1.5B, on a CPU those of "
         "the demo model; weights are random, nothing is downloaded.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("what", nargs="+", choices=(*NAMES, "all"), help="what to measure")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from npu_qat.cli.arguments import add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import HelpFormatter, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import FAILED, make_console, report_line
 
 SHOW_EXAMPLES = examples(
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         help="show, check and list configurations",
         description="Show a resolved configuration, check files, list the presets.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
@@ -50,7 +50,7 @@ def _add(commands: Any, name: str, purpose: str, epilog: str, run: Any) -> argpa
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)

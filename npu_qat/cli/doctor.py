@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from npu_qat.__about__ import __version__
-from npu_qat.cli.arguments import DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import DEVICES, HelpFormatter, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import make_console, rank
 from npu_qat.cluster.check import Check, Status
 
@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
         "under the launcher of a run, on every machine: whether the machines agree and reach each "
         "other.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")

@@ -80,12 +80,14 @@ class GenerationEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that ``--dry-run`` prints. Sizes in bytes."""
+    """Everything that ``--dry-run`` prints. Sizes in bytes. ``ascend_refusal``: why the run could
+    not be exported for an Ascend 950, or None."""
 
     config: RunConfig
     model: str
     source: str
     groups: list[Group]
+    ascend_refusal: str | None
     parameters: int
     quantized_parameters: int
     lora_parameters: int
@@ -105,8 +107,11 @@ def build_plan(config: RunConfig) -> Plan:
 
     Raises:
         ValueError: what the run itself would refuse: an unknown model, an exclude pattern that
-            matches nothing, layers that the model does not have, an invalid schedule.
+            matches nothing, layers that the model does not have, an invalid schedule, an engine
+            that computes another model.
     """
+    from npu_qat.deploy.engine_base import check_engine_base
+    from npu_qat.deploy.export import ascend_refusal
     from npu_qat.layers.plan import plan_linears
     from npu_qat.noise.norms import find_rms_norms, select_norms
     from npu_qat.planning.facts import model_facts
@@ -119,12 +124,14 @@ def build_plan(config: RunConfig) -> Plan:
     norms = find_rms_norms(model) if config.noise.enabled else {}
     chosen = select_norms(model, norms, config.noise) if config.noise.enabled else {}
     device, reason = _device(config.run.device, config.run.backend)
+    check_engine_base(config, config.run.device if device is None else device.type)
     facts = model_facts(model, architecture, linears, config)
     return Plan(
         config=config,
         model=f"{type(model).__name__}, {_architecture_in_words(architecture)}",
         source=source,
         groups=group_linears(linears),
+        ascend_refusal=ascend_refusal(config.quant, linears),
         parameters=facts.parameters,
         quantized_parameters=facts.quantized_parameters,
         lora_parameters=facts.lora_parameters,
@@ -367,6 +374,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_linears_table(plan))
     for reason, count in _reasons(plan).items():
         console.print(f"{count} left in 16 bits: {reason}", markup=False)
+    if plan.ascend_refusal is None:
+        console.print("export --format ascend: takes it")
+    else:
+        console.print(f"export --format ascend: refuses it: {plan.ascend_refusal}", markup=False)
     for title, table in _tables(plan):
         console.print(f"\n{title}", markup=False, style="bold")
         console.print(table)

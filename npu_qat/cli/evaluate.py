@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import (
+    BACKENDS,
+    DEVICES,
+    HelpFormatter,
+    add_config_arguments,
+    examples,
+    load_from,
+)
 from npu_qat.cli.terminal import make_console, rank
 
 EXAMPLES = examples(
@@ -26,7 +33,7 @@ def add_parser(commands: Any) -> None:
         "with noise off, and print the accuracy of each arm with its interval. Give a run "
         "directory, or a model.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import HelpFormatter, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import make_console
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         description="Quantise the base with the run's own numbers, layer by layer, write it in one "
         "format with the adapter beside it, and validate what was written.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from npu_qat.deploy.export import export
     from npu_qat.deploy.run_source import trained_base, trained_errors
 
-    adapter, choice = _adapter(args, run_dir)
+    adapter, choice = _adapter(args, run_dir, config)
     writer = _writer(args)
     base = None if run_dir is None else trained_base(run_dir)
     known = base is not None and base.fingerprint is not None
@@ -135,10 +135,12 @@ def _checked_run_dir(args: argparse.Namespace) -> Path | None:
     return run_dir
 
 
-def _adapter(args: argparse.Namespace, run_dir: Path | None) -> tuple[Adapter | None, str]:
+def _adapter(
+    args: argparse.Namespace, run_dir: Path | None, config: RunConfig
+) -> tuple[Adapter | None, str]:
     """The adapter to export and what to do with it."""
     from npu_qat.deploy import read_adapter
-    from npu_qat.deploy.run_source import trained_adapter
+    from npu_qat.deploy.run_source import check_scale, trained_adapter
 
     has_one = run_dir is not None or args.adapter_dir is not None
     choice = args.adapter or ("keep" if has_one else "none")
@@ -148,7 +150,9 @@ def _adapter(args: argparse.Namespace, run_dir: Path | None) -> tuple[Adapter | 
         return read_adapter(Path(args.adapter_dir)), choice
     if run_dir is None:
         raise ValueError(f"--adapter {choice} with --model needs --adapter-dir DIR")
-    return read_adapter(trained_adapter(run_dir)), choice
+    adapter = read_adapter(trained_adapter(run_dir))
+    check_scale(adapter, config.lora)
+    return adapter, choice
 
 
 def _writer(args: argparse.Namespace) -> Writer:

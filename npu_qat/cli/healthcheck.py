@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from npu_qat.cli.arguments import examples
+from npu_qat.cli.arguments import HelpFormatter, examples
 
 EXAMPLES = examples(
     "npu-qat healthcheck --max-age 600",
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
         "else 1. A run touches the file that NPU_QAT_HEARTBEAT names between steps, in rollouts "
         "and in evaluations. Answers without loading torch.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

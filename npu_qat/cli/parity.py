@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npu_qat.cli import parity_device
-from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import (
+    BACKENDS,
+    DEVICES,
+    HelpFormatter,
+    add_config_arguments,
+    examples,
+    load_from,
+)
 from npu_qat.cli.terminal import make_console
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ def add_parser(commands: Any) -> None:
         description="Compare an export with the training side at four levels: codes, layers, "
         "model, checkpoint. Exit code 1 if a level fails.",
         epilog=examples(*RUN, *RECORD, *CHECK),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     levels = parser.add_subparsers(title="parts", metavar="PART", required=True)
@@ -74,7 +81,7 @@ def _part(levels: Any, name: str, what: str, lines: tuple[str, ...]) -> argparse
         help=what,
         description=f"{what[0].upper()}{what[1:]}.",
         epilog=examples(*lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     return parser

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import BACKENDS, DEVICES, examples
+from npu_qat.cli.arguments import BACKENDS, DEVICES, HelpFormatter, examples
 from npu_qat.cli.terminal import report_line
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "scale bytes and products with the emulation, and say of each difference what it looks "
         "like. Exit code 1 if anything differs.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

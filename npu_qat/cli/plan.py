@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import HelpFormatter, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import make_console
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "time of a training step, and recommend one. From counts, formulas and measured "
         "efficiencies (docs/scaling.md); nothing is loaded or started.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_config_arguments(parser)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import DEVICES, HelpFormatter, add_config_arguments, examples, load_from
 from npu_qat.cli.terminal import make_console
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
         "tokens of real prompts and compare them with the export, within the measured noise. Exit "
         "code 1 if the server computes something else.",
         epilog=EXAMPLES + f"\n\n{KEY} holds the server's API key, if it wants one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
@@ -56,7 +56,11 @@ def add_parser(commands: Any) -> None:
         "default: the export computed here",
     )
     parser.add_argument(
-        "--prompts", type=int, default=16, metavar="N", help="test problems (default: %(default)s)"
+        "--prompts",
+        type=int,
+        default=16,
+        metavar="N",
+        help="test problems, 2 or more (default: %(default)s)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s"
@@ -85,16 +89,18 @@ def run(args: argparse.Namespace) -> int:
     config = load_from(args, config=None, preset=args.preset).config
 
     from npu_qat.parity.endpoint import Endpoint
-    from npu_qat.parity.serve_check import serve_check, served_name
+    from npu_qat.parity.recording import Recording, Settings
+    from npu_qat.parity.serve_check import require_spread, serve_check, served_name
 
-    # First of all, since loading takes time and a wrong address is quickly said.
+    recording = None if args.recording is None else Recording.load(Path(args.recording))
+    require_spread(args.prompts if recording is None else len(recording.messages))
+    # Before the model, since loading takes time and a wrong address is quickly said.
     endpoint = Endpoint(args.url, api_key=os.environ.get(KEY), timeout=args.timeout)
     name = served_name(endpoint, args.adapter or args.served_model)
 
     from transformers import AutoTokenizer
 
     from npu_qat.backends import select
-    from npu_qat.parity.recording import Recording, Settings
     from npu_qat.parity.serving import open_served
     from npu_qat.tasks import load_task
 
@@ -102,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
     served = open_served(
         folder, adapter=adapter, device=selection.device, backend=selection.backend
     )
-    recording = None if args.recording is None else Recording.load(Path(args.recording))
     messages = (
         _messages(load_task(config.task), args.prompts) if recording is None else recording.messages
     )

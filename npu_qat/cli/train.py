@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npu_qat.backends.npu_installation import require_npu
-from npu_qat.cli.arguments import BACKENDS, DEVICES, add_config_arguments, examples, load_from
+from npu_qat.cli.arguments import (
+    BACKENDS,
+    DEVICES,
+    HelpFormatter,
+    add_config_arguments,
+    examples,
+    load_from,
+)
 from npu_qat.cli.terminal import INTERRUPTED, make_console, world_size
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ def add_parser(commands: Any) -> None:
         "every arm on held-out problems, and write it all into one run directory. Without CONFIG "
         "and --preset this is the preset 'demo'.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_config_arguments(parser)

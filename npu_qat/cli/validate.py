@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from npu_qat.cli.arguments import examples
+from npu_qat.cli.arguments import HelpFormatter, examples
 from npu_qat.cli.terminal import make_console
 
 FOUND = 1
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
         description="Compare every file, tensor, type, shape and value of a quantised checkpoint "
         "with its architecture and its description. Exit code 1 if there are findings.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

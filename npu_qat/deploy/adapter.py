@@ -4,6 +4,11 @@ An adapter was trained to correct the rounding of one particular base. On anothe
 weight profile, a re-quantised or newer checkpoint) it loads without complaint and makes the model
 worse. So an export writes the base's fingerprint beside the adapter, and ``check_adapter`` refuses
 the pair if the tensors on disk have another one.
+
+What an adapter adds also depends on a few words in its configuration: twice the ``lora_alpha`` is
+twice the adapter, and no tensor shows it. So training, which knows them, writes the configuration
+and a fingerprint of the matrices beside the adapter, too, and the export repeats them in its record
+(``Adapter.content``); a change in one place then contradicts the other two.
 """
 
 from __future__ import annotations
@@ -13,22 +18,26 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
 
 from npu_qat.deploy.checkpoint import all_finite
+from npu_qat.deploy.core import Fingerprint
 
 ADAPTER_FOLDER = "adapter"
 BINDING = "npu_qat_base.json"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Where the base lay: no part of what the adapter computes, and another on every machine.
+_PLACE = "base_model_name_or_path"
 # Features of PEFT that change what a linear computes beyond W + s B A.
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices")
 
 
 class AdapterMismatch(ValueError):
-    """The adapter was trained on another base, or nothing says on which."""
+    """The adapter was trained on another base, nothing says on which, or it was changed since."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class Adapter:
         folder: where it came from.
         a, b: linear -> A [r, K] and B [N, r], as stored.
         scaling: linear -> s.
+        config: ``adapter_config.json`` without the base's place.
     """
 
     folder: Path
     a: Mapping[str, torch.Tensor]
     b: Mapping[str, torch.Tensor]
     scaling: Mapping[str, float]
+    config: Mapping[str, Any]
 
     @property
     def paths(self) -> list[str]:
@@ -63,6 +74,32 @@ class Adapter:
                     f"{self.folder}: A {rank}x{inputs} and B {outputs}x{rank_b} of {path} do not "
                     f"fit its weight {n}x{k}"
                 )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over matrices and scales, 64 hexadecimal digits."""
+        found = Fingerprint()
+        for path in self.paths:
+            found.add(f"{path}.lora_A", self.a[path])
+            found.add(f"{path}.lora_B", self.b[path])
+            found.add(f"{path}.scaling", torch.tensor(self.scaling[path]))
+        return found.hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """What to write down elsewhere, so that ``changes`` finds a change; for JSON."""
+        return {"fingerprint": self.fingerprint(), "config": dict(self.config)}
+
+    def changes(self, content: Mapping[str, Any]) -> list[str]:
+        """In words, how this adapter differs from the one with that ``content``."""
+        try:
+            then, fingerprint = dict(content["config"]), content["fingerprint"]
+        except (KeyError, TypeError, ValueError):
+            return ["the description is damaged"]
+        now = self.config
+        changed = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key)]
+        if changed:
+            # Shortened: a list of targets may name every linear.
+            return [f"{k} is {brief(now.get(k))}, not {brief(then.get(k))}" for k in changed]
+        return [] if self.fingerprint() == fingerprint else ["its matrices are others"]
 
     def delta(self, path: str) -> torch.Tensor:
         """``s B A`` [N, K] in fp32."""
@@ -90,6 +127,9 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter in PEFT's format: {error}") from error
     _refuse_features(folder, config)
+    config.pop(_PLACE, None)
+    if isinstance(config.get("target_modules"), list):  # a set, which PEFT writes in any order
+        config["target_modules"].sort(key=str)
     found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for name, tensor in tensors.items():
         path, part = _parse(folder, name)
@@ -101,8 +141,8 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"one matrix of the pair of {unpaired[0]}" if unpaired else "no tensors"
         raise ValueError(f"{folder}/{_WEIGHTS} holds {what}; it is not whole")
     ranks = {path: a.shape[0] for path, a in found["lora_A"].items()}
-    scaling = {path: _scaling(config, path, rank) for path, rank in ranks.items()}
-    return Adapter(folder, found["lora_A"], found["lora_B"], scaling)
+    scaling = {path: _scaling(folder, config, path, rank) for path, rank in ranks.items()}
+    return Adapter(folder, found["lora_A"], found["lora_B"], scaling, config)
 
 
 def bind_adapter(adapter: Adapter, base: Path, fingerprint: str) -> None:
@@ -114,9 +154,23 @@ def bind_adapter(adapter: Adapter, base: Path, fingerprint: str) -> None:
     write_binding(target, fingerprint)
 
 
+@dataclass(frozen=True)
+class Binding:
+    """What is written beside an adapter.
+
+    Attributes:
+        base: fingerprint of the base that it was trained on.
+        content: its own, when that was written; None: written by an earlier version.
+    """
+
+    base: str
+    content: Mapping[str, Any] | None
+
+
 def write_binding(folder: Path, fingerprint: str) -> None:
-    """Write into an adapter's ``folder`` which base it was trained on."""
-    (folder / BINDING).write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+    """Write into an adapter's ``folder`` which base it was trained on, and what it holds now."""
+    binding = {"base_fingerprint": fingerprint, "content": read_adapter(folder).content()}
+    (folder / BINDING).write_text(json.dumps(binding, indent=2) + "\n")
 
 
 def refuse_other_base(adapter: Adapter, *fingerprints: str) -> None:
@@ -129,48 +183,67 @@ def refuse_other_base(adapter: Adapter, *fingerprints: str) -> None:
     """
     if not (adapter.folder / BINDING).exists():
         return
-    bound = bound_fingerprint(adapter.folder)
-    if bound not in fingerprints:
+    binding = read_binding(adapter.folder)
+    if binding.base not in fingerprints:
         raise AdapterMismatch(
-            f"{adapter.folder} was trained on another base (fingerprint {bound[:16]}...) than the "
-            f"one that is exported ({fingerprints[0][:16]}...); export the model and recipe of its "
-            "run"
+            f"{adapter.folder} was trained on another base (fingerprint {binding.base[:16]}...) "
+            f"than the one that is exported ({fingerprints[0][:16]}...); export the model and "
+            "recipe of its run"
         )
 
 
-def bound_fingerprint(folder: Path) -> str:
-    """The fingerprint of the base that the adapter in ``folder`` was trained on.
+def refuse_changed(adapter: Adapter) -> None:
+    """Refuse an adapter that is not what was written beside it; one without that is let through.
 
     Raises:
-        AdapterMismatch: the adapter does not say.
+        AdapterMismatch: it was changed.
+    """
+    if not (adapter.folder / BINDING).exists():
+        return
+    content = read_binding(adapter.folder).content
+    if changes := [] if content is None else adapter.changes(content):
+        raise AdapterMismatch(
+            f"{adapter.folder} was changed after {BINDING} was written there: "
+            f"{'; '.join(changes)}. Restore it; or, if it is meant, remove {BINDING} and export it "
+            "again with npu-qat export"
+        )
+
+
+def read_binding(folder: Path) -> Binding:
+    """What is written beside the adapter in ``folder``.
+
+    Raises:
+        AdapterMismatch: nothing that could be read.
     """
     try:
-        fingerprint = json.loads((folder / BINDING).read_text("utf-8"))["base_fingerprint"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        found = json.loads((folder / BINDING).read_text("utf-8"))
+        return Binding(str(found["base_fingerprint"]), found.get("content"))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterMismatch(
             f"{folder} does not say which base it was trained on ({BINDING} is missing or "
             "damaged); export it again with npu-qat export"
         ) from error
-    return str(fingerprint)
 
 
 def check_adapter(base: Path, adapter: Path) -> None:
-    """Refuse ``adapter`` unless it was trained on the quantised model in ``base``.
+    """Refuse ``adapter`` unless it was trained on the quantised model in ``base``, and is what it
+    was then.
 
-    The base's tensors are read and hashed, whatever its files say about themselves.
+    The tensors of both are read and hashed, whatever their files say about themselves.
 
     Raises:
-        AdapterMismatch: it was not, or it does not say.
-        ValueError: ``base`` cannot be read.
+        AdapterMismatch: it was not, or it does not say, or it was changed.
+        ValueError: ``base`` or ``adapter`` cannot be read.
     """
     from npu_qat.deploy.reader import open_export
 
-    expected, found = bound_fingerprint(adapter), open_export(base).fingerprint()
-    if expected != found:
+    binding, found = read_binding(adapter), open_export(base).fingerprint()
+    if binding.base != found:
         raise AdapterMismatch(
-            f"{adapter} was trained on another base (fingerprint {expected[:16]}...) than {base} "
-            f"({found[:16]}...); serve it on the base that was exported with it"
+            f"{adapter} was trained on another base (fingerprint {binding.base[:16]}...) than "
+            f"{base} ({found[:16]}...); serve it on the base that was exported with it"
         )
+    refuse_changed(read_adapter(adapter))
 
 
 def _refuse_features(folder: Path, config: Mapping[str, Any]) -> None:
@@ -190,8 +263,14 @@ def _parse(folder: Path, name: str) -> tuple[str, str]:
     return path, part
 
 
-def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
+def _scaling(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (PEFT's ``LoraLayer``)."""
     if config.get("alpha_pattern") or config.get("rank_pattern"):
         raise ValueError(f"the adapter of {path} has rank or alpha patterns, which are not merged")
+    if config.get("r") != rank or "lora_alpha" not in config:
+        raise ValueError(
+            f"{folder}/{_CONFIG} says r {config.get('r')} and lora_alpha "
+            f"{config.get('lora_alpha')}, by which engines scale, but the matrices of {path} have "
+            f"rank {rank}; restore the file"
+        )
     return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)

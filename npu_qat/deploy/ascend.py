@@ -14,16 +14,19 @@ reader, and the reader refuses a second signature, so ``config.json`` has no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from npu_qat.config import Recipe
 from npu_qat.deploy.checkpoint import ASCEND_SIGNATURE, tied_names
 from npu_qat.deploy.core import INPUT_SCALE, PackedCore, Value
 from npu_qat.deploy.formats import Activations, check_shards, trained_activations
+from npu_qat.layers.plan import PlannedLinear
 from npu_qat.numerics import QuantizedTensor
+from npu_qat.numerics.profiles import Profile
 
 SCHEMES = ("W4A4_MXFP4", "W4A8_MXFP")
 FLOAT = "FLOAT"
@@ -51,13 +54,16 @@ class AscendWriter:
 
     def check(self, core: PackedCore) -> None:
         """Raise ValueError for a format or shape that vllm-ascend does not take."""
-        profile = core.profile
+        self.check_linears(core.plan, core.profile)
+
+    def check_linears(self, plan: Iterable[PlannedLinear], profile: Profile) -> None:
+        """``check`` without a checkpoint: of linears ``plan`` in weight profile ``profile``."""
         if profile.scale_format != "e8m0" or profile.block_size != GROUP_SIZE:
             raise ValueError(
                 f"quant.weight_profile {profile.name!r} is not MXFP4, the 4-bit format of the NPU; "
                 "train with 'ascend950', or use --format compressed-tensors"
             )
-        check_shards(core, K_MULTIPLE, self.tensor_parallel, "vllm-ascend needs")
+        check_shards(plan, K_MULTIPLE, self.tensor_parallel, "vllm-ascend needs")
 
     def tensors(self, core: PackedCore, name: str, value: Value) -> dict[str, torch.Tensor]:
         """Packed weight and scale; bias of a quantised linear in fp32; else as it is."""
@@ -70,10 +76,10 @@ class AscendWriter:
             return {name: value.float()}
         return {name: value}
 
-    def activations(self, core: PackedCore) -> Activations:
+    def activations(self, recipe: Recipe) -> Activations:
         """The NPU's own rule in W4A4 (npu_dynamic_mx_quant, round mode "round")."""
         served = "ascend950" if self.scheme == "W4A4_MXFP4" else "fp8 e4m3 in blocks of 32"
-        return Activations(trained_activations(core), served)
+        return Activations(trained_activations(recipe), served)
 
     def sign(
         self, folder: Path, core: PackedCore, config: dict[str, Any], owner: Mapping[str, str]

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from npu_qat.config import Recipe
 from npu_qat.deploy.core import INPUT_SCALE, PackedCore, Value, divisor
 from npu_qat.deploy.formats import Activations, check_shards, trained_activations
 from npu_qat.numerics import QuantizedTensor
+from npu_qat.numerics.profiles import Profile, get_profile
 
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 # The layout is what these releases of the library write and read.
@@ -46,7 +48,7 @@ class CompressedTensorsWriter:
     def check(self, core: PackedCore) -> None:
         """Raise ValueError for a shape or a scale that the readers do not take."""
         size = core.profile.block_size
-        check_shards(core, size, self.tensor_parallel, "is the size of a block")
+        check_shards(core.plan, size, self.tensor_parallel, "is the size of a block")
         if self._static_inputs(core):
             missing = [path for path in core.quantized if path not in core.input_scales]
             if missing:
@@ -70,12 +72,13 @@ class CompressedTensorsWriter:
             stored[f"{name}_global_scale"] = divisor(value.tensor_scale)
         return stored
 
-    def activations(self, core: PackedCore) -> Activations:
+    def activations(self, recipe: Recipe) -> Activations:
         """The readers' own rule for the format."""
         served = "16 bits"
-        if core.recipe.quantizes_input:
-            served = "compressed-tensors" if _format(core) == MXFP4 else "nvfp4"
-        return Activations(trained_activations(core), served)
+        if recipe.quantizes_input:
+            mx = _format(get_profile(recipe.weight_profile)) == MXFP4
+            served = "compressed-tensors" if mx else "nvfp4"
+        return Activations(trained_activations(recipe), served)
 
     def sign(
         self, folder: Path, core: PackedCore, config: dict[str, Any], owner: Mapping[str, str]
@@ -88,11 +91,11 @@ class CompressedTensorsWriter:
             "weights": _arguments(core, dynamic=False, observer="memoryless_minmax"),
             "input_activations": self._input_arguments(core),
             "output_activations": None,
-            "format": _format(core),
+            "format": _format(core.profile),
         }
         settings = {
             "quant_method": "compressed-tensors",
-            "format": _format(core),
+            "format": _format(core.profile),
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": [path for path in linears if path not in kept],
@@ -103,22 +106,22 @@ class CompressedTensorsWriter:
         return {**config, "quantization_config": settings}
 
     def _static_inputs(self, core: PackedCore) -> bool:
-        return core.recipe.quantizes_input and _format(core) == NVFP4
+        return core.recipe.quantizes_input and _format(core.profile) == NVFP4
 
     def _input_arguments(self, core: PackedCore) -> dict[str, Any] | None:
         if not core.recipe.quantizes_input:
             return None
-        if _format(core) == NVFP4:
+        if _format(core.profile) == NVFP4:
             return _arguments(core, dynamic="local", observer="static_minmax")
         return _arguments(core, dynamic=True, observer=None)
 
 
-def _format(core: PackedCore) -> str:
-    return MXFP4 if core.profile.scale_format == "e8m0" else NVFP4
+def _format(weights: Profile) -> str:
+    return MXFP4 if weights.scale_format == "e8m0" else NVFP4
 
 
 def _arguments(core: PackedCore, *, dynamic: bool | str, observer: str | None) -> dict[str, Any]:
-    mx = _format(core) == MXFP4
+    mx = _format(core.profile) == MXFP4
     return {
         "num_bits": 4,
         "type": "float",

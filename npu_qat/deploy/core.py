@@ -15,16 +15,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from npu_qat.config import Recipe
 from npu_qat.config.paths import layer_index
-from npu_qat.deploy.adapter import Adapter
 from npu_qat.deploy.checkpoint import PIECE, Checkpoint
 from npu_qat.layers.plan import PlannedLinear, plan_linears, sibling_groups
 from npu_qat.numerics import QuantizedTensor, dequantize, nvfp4_tensor_scale, quantize
 from npu_qat.numerics.profiles import Profile, get_profile
+
+if TYPE_CHECKING:
+    from npu_qat.deploy.adapter import Adapter
 
 Value = QuantizedTensor | torch.Tensor
 # A calibrated static scale of a linear's input travels as an entry of its own (NVFP4).
@@ -62,10 +65,10 @@ class PackedCore:
     survival: dict[str, Survival] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        _refuse_recipe(self.recipe)
+        refuse_recipe(self.recipe)
         plan = tuple(plan_linears(self.checkpoint.model, self.recipe))
         object.__setattr__(self, "plan", plan)
-        _refuse_plan(plan, self.profile)
+        refuse_plan(plan, self.profile)
         if self.merge is not None:
             self.merge.check({p.path: (p.out_features, p.in_features) for p in plan})
 
@@ -309,7 +312,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 # --- what no stack serves ---------------------------------------------------------------------
 
 
-def _refuse_recipe(recipe: Recipe) -> None:
+def refuse_recipe(recipe: Recipe) -> None:
+    """Raise ValueError if no serving stack reads what ``recipe`` makes."""
     if not recipe.quantizes_weight:
         raise ValueError(
             f"quant.injection_point {recipe.injection_point!r} leaves the weights in 16 bits: "
@@ -333,7 +337,8 @@ def _refuse_recipe(recipe: Recipe) -> None:
         )
 
 
-def _refuse_plan(plan: Iterable[PlannedLinear], profile: Profile) -> None:
+def refuse_plan(plan: Iterable[PlannedLinear], profile: Profile) -> None:
+    """Raise ValueError if no serving stack reads these linears in weight profile ``profile``."""
     linears = list(plan)
     for p in linears:
         if p.quantized and layer_index(p.path) is None:

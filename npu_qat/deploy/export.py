@@ -10,18 +10,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from npu_qat.__about__ import __version__
-from npu_qat.deploy.adapter import Adapter, bind_adapter, refuse_other_base
+from npu_qat.config import Recipe
+from npu_qat.deploy.adapter import Adapter, bind_adapter, refuse_changed, refuse_other_base
+from npu_qat.deploy.ascend import AscendWriter
 from npu_qat.deploy.checksums import write_checksums
-from npu_qat.deploy.core import Fingerprint, PackedCore, Survival, fingerprint_of
+from npu_qat.deploy.core import (
+    Fingerprint,
+    PackedCore,
+    Survival,
+    fingerprint_of,
+    refuse_plan,
+    refuse_recipe,
+)
 from npu_qat.deploy.formats import RECORD, Writer
 from npu_qat.deploy.shards import ShardedWriter
 from npu_qat.deploy.validate import validate
+from npu_qat.layers.plan import PlannedLinear
+from npu_qat.numerics.profiles import get_profile
 
 SHARD_BYTES = 4 * 2**30
 # What serving needs beside the weights: tokenizer, chat template, generation settings, licence.
@@ -91,9 +102,11 @@ def export(
             is left in ``output``.
     """
     writer.check(core)
-    _check_activations(core, writer, any_activations)
+    _check_activations(core.recipe, writer, any_activations)
     if adapter is not None:
         _check_adapter(core, adapter)
+    if used := adapter or core.merge:
+        refuse_changed(used)
     if trained is not None and core.merge is not None:
         # The merged weights have a fingerprint of their own.
         base = replace(core, merge=None)
@@ -113,6 +126,26 @@ def export(
         shutil.rmtree(partial)
         raise
     return Exported(output, *exported)
+
+
+def ascend_refusal(recipe: Recipe, plan: Sequence[PlannedLinear]) -> str | None:
+    """Why ``export`` would refuse a run of ``recipe`` for W4A4 on Ascend 950 with its adapter
+    beside it; None if it would not, as far as recipe and linears tell.
+
+    Args:
+        recipe: of a run that need not have begun.
+        plan: the linears of its model.
+    """
+    writer, profile = AscendWriter(), get_profile(recipe.weight_profile)
+    try:
+        refuse_recipe(recipe)
+        refuse_plan(plan, profile)
+        writer.check_linears(plan, profile)
+        _check_activations(recipe, writer, any_activations=False)
+        _check_lora_input(recipe)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _write(
@@ -159,14 +192,16 @@ def _record(
         total = sum(core.survival.values(), Survival(0.0, 0.0, 0.0, 0.0))
         linears = {path: s.as_dict() for path, s in core.survival.items()}
         merged = {"all": total.as_dict(), "linears": linears}
+    used = adapter or core.merge
     return {
         "npu_qat": __version__,
         "format": writer.format,
         "scheme": getattr(writer, "scheme", None),
         "base_fingerprint": fingerprint,
         "recipe": core.recipe.model_dump(mode="json"),
-        "activations": writer.activations(core).as_dict(),
+        "activations": writer.activations(core.recipe).as_dict(),
         "adapter": "beside" if adapter else "merged" if core.merge else None,
+        "adapter_content": used.content() if used else None,
         "merged_adapter_survival": merged,
     }
 
@@ -180,8 +215,8 @@ def _check_trained(found: str, trained: str, core: PackedCore) -> None:
         )
 
 
-def _check_activations(core: PackedCore, writer: Writer, any_activations: bool) -> None:
-    activations = writer.activations(core)
+def _check_activations(recipe: Recipe, writer: Writer, any_activations: bool) -> None:
+    activations = writer.activations(recipe)
     if writer.format != "ascend" or getattr(writer, "scheme", "") != "W4A4_MXFP4":
         return  # chosen for other activations; the record says which
     if not activations.same and not any_activations:
@@ -195,7 +230,11 @@ def _check_activations(core: PackedCore, writer: Writer, any_activations: bool) 
 
 def _check_adapter(core: PackedCore, adapter: Adapter) -> None:
     adapter.check({p.path: (p.out_features, p.in_features) for p in core.plan})
-    if core.recipe.lora_input == "quantised":
+    _check_lora_input(core.recipe)
+
+
+def _check_lora_input(recipe: Recipe) -> None:
+    if recipe.lora_input == "quantised":
         raise ValueError(
             "quant.lora_input: quantised fed the adapter 4-bit inputs in training, but serving "
             "engines feed it the 16-bit ones; train with lora_input: full, or export with "

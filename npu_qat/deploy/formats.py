@@ -7,14 +7,16 @@ checkpoint is checked by the writers before they write, and by ``validate`` afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from npu_qat.config import Recipe
 from npu_qat.deploy.core import PackedCore, Value
+from npu_qat.layers.plan import PlannedLinear
 
 # Linears whose K is cut by tensor parallelism, in Llama-like decoders.
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -55,7 +57,7 @@ class Writer(Protocol):
     def tensors(self, core: PackedCore, name: str, value: Value) -> dict[str, torch.Tensor]:
         """The stored tensors of one entry; works on the meta device, too."""
 
-    def activations(self, core: PackedCore) -> Activations:
+    def activations(self, recipe: Recipe) -> Activations:
         """What this format's readers make of the inputs."""
 
     def sign(
@@ -67,9 +69,8 @@ class Writer(Protocol):
         """
 
 
-def trained_activations(core: PackedCore) -> str:
+def trained_activations(recipe: Recipe) -> str:
     """What training rounded the inputs of quantised linears to."""
-    recipe = core.recipe
     if recipe.quantizes_output:
         return f"{recipe.activation_profile} on outputs"
     return recipe.activation_profile if recipe.quantizes_input else "16 bits"
@@ -81,9 +82,11 @@ def length_per_shard(path: str, inputs: int, tensor_parallel: int) -> float:
     return inputs / parts
 
 
-def check_shards(core: PackedCore, multiple: int, tensor_parallel: int, why: str) -> None:
+def check_shards(
+    plan: Iterable[PlannedLinear], multiple: int, tensor_parallel: int, why: str
+) -> None:
     """Raise ValueError for a linear whose K a shard is no multiple of ``multiple``."""
-    for p in core.plan:
+    for p in plan:
         length = length_per_shard(p.path, p.in_features, tensor_parallel)
         if p.quantized and length % multiple:
             cut = f" cut in {tensor_parallel}" if length != p.in_features else ""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from npu_qat.config import RunConfig
+from npu_qat.config import LoraSection, RunConfig
+from npu_qat.deploy.adapter import Adapter
 from npu_qat.deploy.checkpoint import open_checkpoint
 from npu_qat.deploy.core import PackedCore, fingerprint_of
 
@@ -93,6 +94,24 @@ def trained_adapter(run_dir: Path) -> Path:
             "export the base alone with --adapter none"
         )
     return folders[0]
+
+
+def check_scale(adapter: Adapter, lora: LoraSection) -> None:
+    """Refuse the adapter of a run whose files have another rank or alpha than it trained with.
+
+    A run's adapter says so itself (``refuse_changed``); those of older runs do not.
+
+    Raises:
+        ValueError: they have.
+    """
+    found = {"r": adapter.config["r"], "lora_alpha": adapter.config["lora_alpha"]}
+    trained = {"r": lora.r, "lora_alpha": lora.alpha}
+    if found != trained:
+        raise ValueError(
+            f"{adapter.folder}/adapter_config.json has {found}, but the run trained with {trained} "
+            "(its config.yaml): engines would apply another adapter than was trained. Restore the "
+            "file, or name the adapter with --adapter-dir to export it as it is"
+        )
 
 
 def trained_errors(run_dir: Path) -> dict[str, float]:

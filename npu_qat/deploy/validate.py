@@ -5,10 +5,13 @@ scale that is missing (it computes with uninitialised memory), a scale stored as
 numbers (converted by value), a missing weight. Others make it fail with a shape that says nothing
 about the cause. Here the architecture in ``config.json`` says which tensors there must be; the
 signature says how each is stored; every tensor's type, shape and values are compared with that,
-every file with its checksum, and the whole with its fingerprint. Tensors are read one at a time.
+every file with its checksum, the whole with its fingerprint, and an adapter with what training and
+export wrote down of it. Tensors are read one at a time.
 
 Each finding names a tensor (or a file), the problem and what to do. None means: what the loader
-reads is the model that was exported.
+reads is the model that the folder says was exported. Everything that it is compared with lies in
+the folder, so damage and single changes are found, and someone who rewrites all of it consistently
+is not; only something kept elsewhere tells that (``docs/deploy.md``).
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from torch import nn
 from npu_qat.config.paths import layer_index
 from npu_qat.deploy.adapter import (
     ADAPTER_FOLDER,
+    BINDING,
     AdapterMismatch,
-    bound_fingerprint,
     read_adapter,
+    read_binding,
 )
 from npu_qat.deploy.ascend import FLOAT, GROUP_SIZE, K_MULTIPLE, SCHEMES
 from npu_qat.deploy.checkpoint import (
@@ -638,11 +642,32 @@ def _wrong_signatures(signatures: list[str]) -> Finding:
 
 
 def _adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Iterator[Finding]:
-    if (folder / ADAPTER_FOLDER).exists():
-        try:
-            read_adapter(folder / ADAPTER_FOLDER).check(linears)
-        except ValueError as error:
-            yield Finding(ADAPTER_FOLDER, str(error), AGAIN)
+    """An adapter that is gone, cannot be applied, or is not what is written down of it."""
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+        exported = record["adapter_content"] if record["adapter"] == "beside" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        exported = None  # of another tool or an earlier version, or damaged: ``_fingerprint``
+    if not (folder / ADAPTER_FOLDER).exists():
+        if exported is not None:
+            yield Finding(ADAPTER_FOLDER, f"missing, but {RECORD} has one beside the base", AGAIN)
+        return
+    try:
+        adapter = read_adapter(folder / ADAPTER_FOLDER)
+        adapter.check(linears)
+    except ValueError as error:
+        yield Finding(ADAPTER_FOLDER, str(error), AGAIN)
+        return
+    try:
+        bound = read_binding(adapter.folder).content
+    except AdapterMismatch:
+        bound = None  # ``_fingerprint``
+    for where, content in ((RECORD, exported), (f"{ADAPTER_FOLDER}/{BINDING}", bound)):
+        changes = [] if content is None else adapter.changes(content)
+        if changes:
+            problem = f"not the adapter that {where} describes: {'; '.join(changes)}"
+            yield Finding(ADAPTER_FOLDER, problem, "put the adapter back, or " + AGAIN)
+            return
 
 
 def _fingerprint(folder: Path) -> Iterator[Finding]:
@@ -653,7 +678,7 @@ def _fingerprint(folder: Path) -> Iterator[Finding]:
             content = json.loads((folder / RECORD).read_text("utf-8"))
             claims[RECORD] = content["base_fingerprint"]
         if (folder / ADAPTER_FOLDER).exists():
-            claims[ADAPTER_FOLDER] = bound_fingerprint(folder / ADAPTER_FOLDER)
+            claims[ADAPTER_FOLDER] = read_binding(folder / ADAPTER_FOLDER).base
     except (ValueError, KeyError, TypeError) as error:
         where = ADAPTER_FOLDER if isinstance(error, AdapterMismatch) else RECORD
         yield Finding(where, f"does not say which base it belongs to: {error}", AGAIN)

@@ -27,6 +27,7 @@ from npu_qat.config import RunConfig
 from npu_qat.config.dump import dump_yaml
 from npu_qat.config.load import load_config
 from npu_qat.deploy.adapter import write_binding
+from npu_qat.deploy.engine_base import FOLDER, check_engine_base, write_engine_base
 from npu_qat.deploy.run_source import BASE, describe_base
 from npu_qat.evaluation.accuracy import Outcome, answer_problems
 from npu_qat.evaluation.intervals import paired_difference, proportion
@@ -95,13 +96,15 @@ def execute(
         The content of ``summary.json``.
 
     Raises:
-        ValueError: configuration, model, data or folder are not usable; nothing was trained.
+        ValueError: configuration, model, data or folder are not usable; nothing was trained. What
+            recipe and device say of ``rollout.engine`` is refused before anything is loaded.
         TrainingError: NaN, Inf, or rollout and training compute different models.
         AuditError: a measurement contradicts the configuration.
         Interrupted: the user stopped the run; ``--resume auto`` goes on.
         PeerLost: another process of the run is gone; ``--resume auto`` goes on.
     """
     selection = _start(config)
+    check_engine_base(config, selection.device.type)
     rank, _ = world()
     rundir = RunDirectory(run_dir, writer=rank == 0)
     shown = RunConsole(console)
@@ -544,7 +547,6 @@ class _Run:
         rollout = self.config.rollout
         if rollout.engine == "hf" or not arm.quantized:
             return None
-        from npu_qat.deploy.engine_base import FOLDER, write_engine_base
         from npu_qat.training.rollout_vllm import VllmSampler
 
         base, device = self.rundir.path / FOLDER, self.selection.device

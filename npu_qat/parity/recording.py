@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from npu_qat.__about__ import __version__
+from npu_qat.deploy.adapter import read_adapter
 from npu_qat.deploy.checksums import sha256
-from npu_qat.deploy.core import Fingerprint, divisor, fingerprint_of, raw_bytes
+from npu_qat.deploy.core import divisor, fingerprint_of, raw_bytes
 from npu_qat.layers.base_model import prompt_ids, stop_ids
 from npu_qat.layers.plan import sibling_groups
 from npu_qat.layers.quant_linear import QuantLinear
@@ -43,7 +44,7 @@ from npu_qat.parity.observe import (
     measure_noise,
     observe,
 )
-from npu_qat.parity.training_side import TrainingSide, adapter_parts
+from npu_qat.parity.training_side import TrainingSide
 
 VERSION = 1
 TENSORS, CONTENT = "recording.safetensors", "recording.json"
@@ -225,10 +226,7 @@ def compute_identity(device: torch.device) -> dict[str, str]:
 
 def adapter_fingerprint(folder: Path) -> str:
     """SHA-256 over the matrices and scales of an adapter."""
-    fingerprint = Fingerprint()
-    for name, tensor in adapter_parts(folder).items():
-        fingerprint.add(name, tensor)
-    return fingerprint.hexdigest()
+    return read_adapter(folder).fingerprint()
 
 
 def weight_digests(side: TrainingSide) -> tuple[str, dict[str, str]]:

@@ -9,7 +9,9 @@ That alone would pass a server with a small fault, one that changes less than no
 rule for ties, say. So the server is also compared with what it might compute *instead*: other rules
 for activations, activations in 16 bits, no adapter. Whatever it computes, noise included, is nearer
 to that than to anything else. A server that is nearer to one of the alternatives, by more than
-``SIGMAS`` standard errors over the texts, fails, and the report names the alternative.
+``SIGMAS`` standard errors over the texts, fails, and the report names the alternative. The spread
+over texts is all that says how far such a nearness can be trusted, so one text is refused: there is
+no verdict without it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from npu_qat.parity.recording import Recording, Settings, adapter_fingerprint
 from npu_qat.parity.serving import FULL, ServedModel, computing
 
 SIGMAS = 2.0
+# Fewer have no spread.
+MIN_PROMPTS = 2
 ALTERNATIVES = ("ascend950", "ascend950-rint", "ascend950-floor", "compressed-tensors", FULL)
 
 
@@ -85,6 +89,17 @@ def served_name(endpoint: Endpoint, name: str | None) -> str:
     if name not in names:
         raise ValueError(f"{endpoint.url} does not serve {name!r}, but {', '.join(names)}")
     return name
+
+
+def require_spread(prompts: int) -> None:
+    """Raise ``ValueError`` if so many prompts have no spread to judge by."""
+    if prompts < MIN_PROMPTS:
+        raise ValueError(
+            f"{prompts} prompt: no interval. Whether the server is nearer to something else than "
+            "to the export is judged by the spread over prompts, which one prompt does not have. "
+            f"Take --prompts {MIN_PROMPTS} or more; with --recording, one that 'parity record' "
+            "made with as many"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,14 +207,15 @@ def serve_check(
         name: of the model or adapter at the server.
         served: the export, with the adapter if the server should apply one.
         tokenizer: of the export.
-        messages: chat prompts; those of ``recording``, if it is given.
+        messages: chat prompts, 2 or more; those of ``recording``, if it is given.
         settings: lengths, seeds and batch size.
         recording: of the training side.
 
     Raises:
         ValueError: the server does not answer, or not what is needed, or the recording is of
-            something else.
+            something else, or there is one prompt only.
     """
+    require_spread(len(messages))
     pad = _pad(served, tokenizer)
 
     def look(tops: Sequence[torch.Tensor]) -> list[Observed]:
@@ -295,7 +311,7 @@ def _nearest(
         gaps = [_gap(a, b) for a, b in zip(other, answers, strict=True)]
         advantage = [mine - theirs for mine, theirs in zip(own, gaps, strict=True)]
         mean = statistics.fmean(advantage)
-        error = statistics.stdev(advantage) / len(advantage) ** 0.5 if len(advantage) > 1 else 0.0
+        error = statistics.stdev(advantage) / len(advantage) ** 0.5
         distances[title] = {
             "logp_mean": statistics.fmean(gaps),
             "nearer_by": mean,

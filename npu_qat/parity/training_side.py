@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from npu_qat.backends import Selection
 from npu_qat.config import RunConfig
 from npu_qat.deploy.checkpoint import open_checkpoint
@@ -54,7 +52,7 @@ class TrainingSide:
     @property
     def activations(self) -> str:
         """What training rounded the inputs of quantised linears to."""
-        return trained_activations(self.core)
+        return trained_activations(self.core.recipe)
 
 
 def open_training(
@@ -92,13 +90,3 @@ def open_training(
     }
     core = PackedCore(core.checkpoint, recipe, input_scales=scales)
     return TrainingSide(config, model, handle, tokenizer, task, core, adapter, selection, base)
-
-
-def adapter_parts(folder: Path) -> dict[str, torch.Tensor]:
-    """Every matrix of an adapter by name, for comparison and fingerprints."""
-    from npu_qat.deploy.adapter import read_adapter
-
-    adapter = read_adapter(folder)
-    scaling = {f"{p}.scaling": torch.tensor(s) for p, s in adapter.scaling.items()}
-    a = {f"{p}.lora_A": t for p, t in adapter.a.items()}
-    return a | {f"{p}.lora_B": t for p, t in adapter.b.items()} | scaling

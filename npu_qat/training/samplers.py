@@ -23,6 +23,9 @@ from torch import nn
 from npu_qat.training.engine import TrainingError
 from npu_qat.training.rollout import Completion, SamplingParams, sample
 
+# How every refusal of an engine that computes another model begins.
+OTHER_MODEL = "rollout.engine {} does not compute the model that is trained"
+
 
 class Sampler(Protocol):
     """Draws completions."""
@@ -138,8 +141,7 @@ class Gate:
             )
         if mean > limit:
             raise TrainingError(
-                f"rollout.engine {name} does not compute the model that is trained: {numbers}; "
-                f"dapo.logp_gap_limit is {limit:g}. Nothing was trained. Look at the engine's "
-                "quantisation (npu-qat parity), or raise the limit if the noise floor of npu-qat "
-                "parity run is that high"
+                f"{OTHER_MODEL.format(name)}: {numbers}; dapo.logp_gap_limit is {limit:g}. Nothing "
+                "was trained. Look at the engine's quantisation (npu-qat parity), or raise the "
+                "limit if the noise floor of npu-qat parity run is that high"
             )

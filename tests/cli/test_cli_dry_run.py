@@ -208,6 +208,37 @@ def test_what_the_run_would_refuse_is_refused(override: str, message: str) -> No
         plan_of("demo", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("quant.activation_profile=ascend950-rint", "would not compute what was trained"),
+        ("quant.lora_input=quantised", "engines feed it the 16-bit ones"),
+        ("quant.rotation=hadamard32", "is not servable by stock vllm-ascend"),
+        ("quant.weight_profile=nvfp4", "is not MXFP4, the 4-bit format of the NPU"),
+        ("quant.exclude=[lm_head, q_proj]", "serving engines fuse them into one matmul"),
+        ("quant.injection_point=none", "there is nothing to export"),
+    ],
+)
+def test_what_an_export_would_refuse_is_said_before_training(
+    override: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = " ".join(printed(plan_of("demo", override), capsys).split())
+    assert "export --format ascend: refuses it:" in said and told in said
+
+
+def test_what_an_export_would_take_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "export --format ascend: takes it\n" in printed(plan_of("demo"), capsys)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_engine_that_rounds_inputs_by_another_rule_is_refused(device: str) -> None:
+    """Of a device that is not here, too: its format follows from its name."""
+    engine = ["rollout.engine=vllm", "noise.norm_dtype=model", f"run.device={device}"]
+    with pytest.raises(ValueError, match=f"auto on {device}. it makes the inputs"):
+        plan_of("demo", *engine)
+    plan_of("demo", *engine, "quant.activation_profile=compressed-tensors")
+
+
 def test_a_local_folder_is_read(tmp_path: Path) -> None:
     shipped = ARCHITECTURES / "Qwen--Qwen2.5-1.5B-Instruct.json"
     (tmp_path / "config.json").write_text(shipped.read_text())

@@ -10,7 +10,9 @@ import pytest
 
 from npu_qat.cli import main
 from npu_qat.config import dump_yaml, load_config
-from tests.deploy.models import core_of, damage, save, save_adapter
+from tests.deploy.models import core_of, damage, damage_json, save, save_adapter
+
+LORA = ("lora.r=4", "lora.alpha=8")  # as ``save_adapter`` has it
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run ``runs/mine`` over a small model, as training leaves it."""
     monkeypatch.chdir(tmp_path)
     source = save(tmp_path / "model")
-    config = load_config(preset="log-e13h", overrides=[f"model.path={source}"])
+    config = load_config(preset="log-e13h", overrides=[f"model.path={source}", *LORA])
     config = config.model_copy(update={"quant": config.quant.model_copy(update=SERVED)})
     run = tmp_path / "runs" / "mine"
     (run / "adapters" / "w4a4").mkdir(parents=True)
@@ -125,6 +127,22 @@ def test_what_does_not_fit_together_is_refused(
     assert main(["export", *words, "--format", "ascend", "--output", "out"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("choice", ["keep", "merge"])
+def test_another_alpha_than_the_run_trained_with_is_refused(
+    there: Path, choice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_json(there / "adapters" / "w4a4", "adapter_config.json", doubled_alpha)
+    words = ["--format", "ascend", "--adapter", choice, "--output", "out"]
+    assert main(["export", "runs/mine", *words]) == 2
+    said = capsys.readouterr().err
+    assert "{'r': 4, 'lora_alpha': 16}, but the run trained with {'r': 4, 'lora_alpha': 8}" in said
+    assert not Path("out").exists()
+
+
+def doubled_alpha(config: dict[str, Any]) -> None:
+    config["lora_alpha"] *= 2
 
 
 def test_a_run_without_an_adapter_says_what_to_do(

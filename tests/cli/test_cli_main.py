@@ -86,6 +86,17 @@ def test_every_example_is_understood(line: str) -> None:
     assert callable(args.run)
 
 
+@pytest.mark.parametrize("parser", ALL, ids=lambda parser: parser.prog)
+def test_help_fits_a_terminal_and_leaves_examples_whole(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    text, _, examples = parser.format_help().partition("examples:\n")
+    # A choice list in braces is one word.
+    assert [line for line in text.splitlines() if len(line) > 72 and "{" not in line] == []
+    assert examples in (parser.epilog or "") + "\n"
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--version"])

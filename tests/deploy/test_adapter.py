@@ -23,7 +23,7 @@ from npu_qat.deploy import (
 from npu_qat.deploy.adapter import BINDING, write_binding
 from npu_qat.deploy.export import export
 from npu_qat.numerics import fake_quant
-from tests.deploy.models import core_of, save, save_adapter, tiny
+from tests.deploy.models import core_of, damage_json, save, save_adapter, tiny
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -36,8 +36,14 @@ def test_an_adapter_travels_with_its_base_and_is_taken_by_it(tmp_path: Path) -> 
     beside = exported.folder / "adapter"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (beside / name).read_bytes() == (adapter / name).read_bytes()
-    assert json.loads((beside / BINDING).read_text()) == {"base_fingerprint": exported.fingerprint}
+    content = read_adapter(adapter).content()
+    assert json.loads((beside / BINDING).read_text()) == {
+        "base_fingerprint": exported.fingerprint,
+        "content": content,
+    }
     assert exported.record["adapter"] == "beside"
+    assert exported.record["adapter_content"] == content
+    assert (content["config"]["r"], content["config"]["lora_alpha"]) == (4, 8)
     check_adapter(exported.folder, beside)
     # The twin is the same base in another format.
     twin = export(core_of(source), CompressedTensorsWriter(), tmp_path / "twin")
@@ -75,6 +81,46 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
         check_adapter(exported.folder, save_adapter(tmp_path / "adapter"))
 
 
+@pytest.mark.parametrize("choice", ["keep", "merge"])
+def test_an_adapter_that_was_changed_since_training_is_refused(tmp_path: Path, choice: str) -> None:
+    source, folder = save(tmp_path / "source"), save_adapter(tmp_path / "lora")
+    write_binding(folder, export(core_of(source), AscendWriter(), tmp_path / "base").fingerprint)
+    check_adapter(tmp_path / "base", folder)
+    damage_json(folder, "adapter_config.json", lambda config: config.update(lora_alpha=16))
+    told = "was changed after .* lora_alpha is 16, not 8"
+    adapter = read_adapter(folder)
+    core = core_of(source, merge=adapter if choice == "merge" else None)
+    with pytest.raises(AdapterMismatch, match=told):
+        kept = adapter if choice == "keep" else None
+        export(core, AscendWriter(), tmp_path / "served", adapter=kept)
+    with pytest.raises(AdapterMismatch, match=told):
+        check_adapter(tmp_path / "base", folder)
+    assert not list(tmp_path.glob("served*"))
+
+
+def test_what_an_earlier_version_wrote_beside_an_adapter_is_enough(tmp_path: Path) -> None:
+    source, folder = save(tmp_path / "source"), save_adapter(tmp_path / "lora")
+    right = export(core_of(source), AscendWriter(), tmp_path / "base").fingerprint
+    (folder / BINDING).write_text(json.dumps({"base_fingerprint": right}))
+    check_adapter(tmp_path / "base", folder)
+    export(core_of(source), AscendWriter(), tmp_path / "served", adapter=read_adapter(folder))
+
+
+def test_where_the_base_lay_and_the_order_of_targets_are_no_part_of_an_adapter(
+    tmp_path: Path,
+) -> None:
+    folder = save_adapter(tmp_path / "lora")
+    before = read_adapter(folder).content()
+
+    def edit(config: dict[str, Any]) -> None:
+        config["base_model_name_or_path"] = "elsewhere"
+        config["target_modules"].reverse()
+
+    damage_json(folder, "adapter_config.json", edit)
+    assert read_adapter(folder).changes(before) == []
+    assert str(tmp_path) not in json.dumps(before)
+
+
 def test_the_update_is_the_one_that_peft_merges(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter")
     adapter = read_adapter(folder)
@@ -110,6 +156,7 @@ def test_merging_quantises_the_sum_and_reports_what_survives(tmp_path: Path) -> 
     assert 0.8 < found.kept < 1.2 and found.noise > 0.5
     report = exported.record["merged_adapter_survival"]
     assert set(report["linears"]) == set(adapter.a)
+    assert exported.record["adapter_content"] == adapter.content()
     assert exported.record["adapter"] == "merged" and not (exported.folder / "adapter").exists()
 
 
@@ -136,6 +183,7 @@ def test_an_adapter_that_saw_quantised_inputs_is_refused(tmp_path: Path) -> None
         ({"use_dora": True}, "uses use_dora"),
         ({"bias": "all"}, "uses bias"),
         ({"rank_pattern": {"q_proj": 8}}, "rank or alpha patterns"),
+        ({"r": 8}, "says r 8 and lora_alpha 8, by which engines scale, but the matrices of"),
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(

@@ -10,18 +10,22 @@ import pytest
 from npu_qat.config import ModelConfig, Recipe, RunConfig
 from npu_qat.deploy import open_checkpoint, open_export
 from npu_qat.deploy.core import PackedCore
-from npu_qat.deploy.engine_base import FOLDER, write_engine_base
+from npu_qat.deploy.engine_base import FOLDER, check_engine_base, write_engine_base
 from npu_qat.deploy.run_source import BASE
 from npu_qat.deploy.validate import validate
 from tests.deploy.models import damage, save
 
+OTHER_MODEL = "rollout.engine vllm does not compute the model that is trained: with a base in "
 
-def configuration(source: Path, recipe: Recipe | None = None, format: str = "auto") -> RunConfig:
+
+def configuration(
+    source: Path, recipe: Recipe | None = None, format: str = "auto", engine: str = "vllm"
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": ModelConfig(path=str(source)),
             "quant": recipe or Recipe(),
-            "rollout": {"engine_format": format},
+            "rollout": {"engine": engine, "engine_format": format},
         }
     )
 
@@ -94,3 +98,55 @@ def test_nvfp4_inputs_have_the_scales_that_the_run_calibrated(source: Path, tmp_
     write_engine_base(config, tmp_path / FOLDER, "cuda")
     scale = open_export(tmp_path / FOLDER).read(f"{linears[0]}.input_tensor_scale")
     assert float(scale) == 0.125  # type: ignore[arg-type]
+
+
+# --- before anything is loaded ------------------------------------------------------------------
+
+W4A16 = Recipe(injection_point="weight")
+OUTPUTS = Recipe(injection_point="output")
+TWIN = Recipe(activation_profile="compressed-tensors")
+NVFP4 = Recipe(weight_profile="nvfp4", activation_profile="nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "format", "device", "told"),
+    [
+        (
+            Recipe(),
+            "auto",
+            "cuda",
+            "format compressed-tensors (rollout.engine_format: auto on cuda) it makes the inputs "
+            "of linears 'compressed-tensors', but training makes them 'ascend950'",
+        ),
+        (Recipe(), "compressed-tensors", "npu", "(rollout.engine_format: compressed-tensors)"),
+        (TWIN, "auto", "npu", "auto on npu) it makes the inputs of linears 'ascend950'"),
+        (NVFP4, "ascend", "cuda", "activation_profile: ascend950, or sample with"),
+        (W4A16, "auto", "npu", "but training makes them '16 bits'"),
+        (OUTPUTS, "auto", "cuda", "Train with quant.injection_point: weight, or"),
+    ],
+)
+def test_an_engine_with_another_rule_for_inputs_is_refused(
+    tmp_path: Path, recipe: Recipe, format: str, device: str, told: str
+) -> None:
+    """There is no model in that place: none is needed to know."""
+    config = configuration(tmp_path / "nowhere", recipe, format)
+    with pytest.raises(ValueError) as caught:
+        check_engine_base(config, device)
+    assert str(caught.value).startswith(OTHER_MODEL) and told in str(caught.value)
+    check_engine_base(configuration(tmp_path / "nowhere", recipe, format, engine="hf"), device)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "format", "device"),
+    [
+        (Recipe(), "auto", "npu"),
+        (Recipe(), "ascend", "cpu"),
+        (TWIN, "auto", "cuda"),
+        (NVFP4, "auto", "cpu"),
+        (W4A16, "auto", "cuda"),
+    ],
+)
+def test_an_engine_with_the_same_rule_is_let_through(
+    tmp_path: Path, recipe: Recipe, format: str, device: str
+) -> None:
+    check_engine_base(configuration(tmp_path / "nowhere", recipe, format), device)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from npu_qat.config import Recipe
 from npu_qat.deploy import AscendWriter, CompressedTensorsWriter
-from npu_qat.deploy.adapter import bind_adapter, read_adapter
+from npu_qat.deploy.adapter import BINDING, bind_adapter, read_adapter
 from npu_qat.deploy.checksums import write_checksums
 from npu_qat.deploy.export import export
 from npu_qat.deploy.validate import Finding, validate
@@ -577,3 +577,102 @@ def test_an_adapter_of_another_shape_is_found(good: Callable[[str], Path], tmp_p
     write_checksums(folder)
     finding = only(folder)
     assert finding.tensor == "adapter" and "do not fit its weight" in finding.problem
+
+
+# Changes of adapter_config.json by which an engine would apply another adapter, and what is said.
+SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"lora_alpha": 16}, "lora_alpha is 16, not 8"),
+    ({"use_rslora": True}, "use_rslora is True, not False"),
+    ({"r": 8}, "says r 8 and lora_alpha 8"),
+    ({"r": 8, "lora_alpha": 16}, "says r 8 and lora_alpha 16"),
+    ({"target_modules": ["q_proj"]}, "target_modules is ['q_proj'], not ['"),
+    ({"exclude_modules": ["q_proj"]}, "exclude_modules is ['q_proj'], not None"),
+    ({"layers_to_transform": [0]}, "layers_to_transform is [0], not None"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good export with an adapter beside it, not to be changed."""
+    folder = tmp_path_factory.mktemp("adapted")
+    adapter = read_adapter(save_adapter(folder / "lora"))
+    export(core_of(save(folder / "source")), AscendWriter(), folder / "served", adapter=adapter)
+    return folder / "served"
+
+
+@pytest.mark.parametrize("place", ["npu_qat_export.json", f"adapter/{BINDING}"])
+@pytest.mark.parametrize(("change", "told"), SETTINGS, ids=[str(list(c)) for c, _ in SETTINGS])
+def test_another_setting_of_the_adapter_is_found_even_under_new_checksums(
+    adapted: Path, tmp_path: Path, change: dict[str, Any], told: str, place: str
+) -> None:
+    """``place`` alone still knows what was exported; the other says nothing, as it did once."""
+    folder = copy_of(adapted, tmp_path)
+    forget(folder, {"npu_qat_export.json", f"adapter/{BINDING}"} - {place})
+    damage_json(folder / "adapter", "adapter_config.json", lambda c: c.update(change))
+    write_checksums(folder)
+    finding = only(folder)
+    assert finding.tensor == "adapter" and told in finding.problem
+    assert "r" in change or f"not the adapter that {place} describes" in finding.problem
+
+
+def test_other_matrices_of_the_adapter_are_found_even_under_new_checksums(
+    adapted: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(adapted, tmp_path)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if "lora_B" in n)
+    save_file({**tensors, name: tensors[name] * 2}, file)
+    write_checksums(folder)
+    assert "describes: its matrices are others" in only(folder).problem
+
+
+def test_an_adapter_that_is_gone_is_missed_even_under_new_checksums(
+    adapted: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(adapted, tmp_path)
+    shutil.rmtree(folder / "adapter")
+    write_checksums(folder)
+    finding = only(folder)
+    assert finding.tensor == "adapter" and "missing, but npu_qat_export.json" in finding.problem
+
+
+@pytest.mark.parametrize("damaged", [{}, {"config": 5, "fingerprint": ""}, [1]])
+def test_a_damaged_description_of_the_adapter_is_found(
+    adapted: Path, tmp_path: Path, damaged: Any
+) -> None:
+    folder = copy_of(adapted, tmp_path)
+    damage_json(folder, "npu_qat_export.json", lambda r: r.update(adapter_content=damaged))
+    assert "describes: the description is damaged" in only(folder).problem
+
+
+def test_an_export_of_an_earlier_version_has_no_findings(adapted: Path, tmp_path: Path) -> None:
+    folder = copy_of(adapted, tmp_path)
+    forget(folder, {"npu_qat_export.json", f"adapter/{BINDING}"})
+    assert validate(folder) == []
+
+
+def test_what_is_rewritten_everywhere_is_not_found(adapted: Path, tmp_path: Path) -> None:
+    """The limit that docs/deploy.md states: all that is compared lies in the folder."""
+    folder = copy_of(adapted, tmp_path)
+    damage_json(folder / "adapter", "adapter_config.json", lambda c: c.update(lora_alpha=16))
+    content = read_adapter(folder / "adapter").content()
+    damage_json(folder, "npu_qat_export.json", lambda r: r.update(adapter_content=content))
+    damage_json(folder / "adapter", BINDING, lambda b: b.update(content=content))
+    write_checksums(folder)
+    assert validate(folder) == []
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / "served"))
+
+
+def forget(folder: Path, places: set[str]) -> None:
+    """Take away what ``places`` hold of the adapter, as versions before this one wrote them."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for key in ("content", "adapter_content"):
+            content.pop(key, None)
+
+    for place in places:
+        damage_json(folder, place, edit)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from npu_qat.config import ModelConfig, RunConfig
-from npu_qat.deploy import PackedCore, open_checkpoint
+from npu_qat.deploy import PackedCore, open_checkpoint, read_adapter
 from npu_qat.deploy.core import fingerprint_of
 from npu_qat.experiments import heartbeat
 from npu_qat.experiments import run as module
@@ -56,6 +56,20 @@ def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         carry_out(config, folder)
     (folder.parent / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_an_engine_that_must_compute_another_model_is_refused_before_anything_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(module, "load_base", loaded)
+    # Engine format auto: on a CPU, as on CUDA, its readers have another rule than ascend950.
+    config = configuration(model, rollout={"engine": "vllm"}, noise={"norm_dtype": "model"})
+    with pytest.raises(ValueError, match="vllm does not compute the model that is trained"):
+        carry_out(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_leaves_everything_that_is_promised(done: Path) -> None:
@@ -155,7 +169,12 @@ def test_the_run_names_its_base_and_a_resume_refuses_another(done: Path, tmp_pat
         "input_scales": {},
     }
     binding = read(done / "adapters" / "w4a4" / "npu_qat_base.json")
-    assert binding == {"base_fingerprint": read(done / "base.json")["fingerprint"]}
+    assert binding == {
+        "base_fingerprint": read(done / "base.json")["fingerprint"],
+        "content": read_adapter(done / "adapters" / "w4a4").content(),
+    }
+    kept, trained = binding["content"]["config"], config["lora"]
+    assert (kept["r"], kept["lora_alpha"]) == (trained["r"], trained["alpha"])
     assert not (done / "adapters" / "bf16_lora" / "npu_qat_base.json").exists()
     run = tmp_path / "run"
     shutil.copytree(done, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from npu_qat.cli import main
 from npu_qat.parity.endpoint import Endpoint
-from npu_qat.parity.recording import Recording, Settings
+from npu_qat.parity.recording import Recording, Settings, record
 from npu_qat.parity.serve_check import ServeReport, serve_check, served_name
 from npu_qat.parity.serving import ServedModel, open_served
 from tests.parity.server import Backend, serving
@@ -154,6 +155,14 @@ def test_a_recording_of_something_else_is_refused(
         ask(world, base, world.recording)
 
 
+def test_one_prompt_has_no_spread_to_judge_by(world: World, served: ServedModel) -> None:
+    # Nothing answers at this address: it is refused before the server is asked.
+    nobody, tokenizer = Endpoint("http://127.0.0.1:1"), world.side.tokenizer
+    one = world.recording.messages[:1]
+    with pytest.raises(ValueError, match="1 prompt: no interval"):
+        serve_check(nobody, "mine", served, tokenizer, one, SETTINGS)
+
+
 def test_names_and_addresses_are_checked(world: World, served: ServedModel) -> None:
     with serving(Backend(served, world.side.tokenizer)) as url:
         assert served_name(Endpoint(url + "/v1"), None) == "base"
@@ -192,6 +201,18 @@ def test_the_command_judges_by_its_exit_code(
         assert json.loads(capsys.readouterr().out)["verdict"] == "fail"
         assert main(command(world, url, "--adapter", "yours")) == 2
         assert "does not serve 'yours'" in capsys.readouterr().err
+
+
+def test_the_command_refuses_one_prompt_before_the_server_is_asked(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(world, "http://127.0.0.1:1"), "--prompts", "1"]) == 2
+    assert "1 prompt: no interval" in capsys.readouterr().err
+    one = replace(SETTINGS, prompts=1, max_new_tokens=2)
+    record(world.side, one).save(tmp_path / "one")
+    recorded = ["--recording", str(tmp_path / "one"), "--prompts", "4", "--json"]
+    assert main([*command(world, "http://127.0.0.1:1"), *recorded]) == 2
+    assert "1 prompt: no interval" in capsys.readouterr().err
 
 
 def test_an_adapter_that_the_export_lacks_is_refused(

@@ -25,6 +25,7 @@ from tests.training.tiny import save_tiny_checkpoint
 
 WRITERS = {"ascend": AscendWriter, "compressed-tensors": CompressedTensorsWriter}
 SMALL = Settings(prompts=6, max_new_tokens=8, seeds=2, batch_size=4)
+LORA = LoraSection(r=4, alpha=6)
 
 
 @dataclass
@@ -70,6 +71,8 @@ def make(
             "run.backend=reference",
             "task.train_size=40",
             "task.test_size=20",
+            f"lora.r={LORA.r}",
+            f"lora.alpha={LORA.alpha}",
             *(f"quant.{key}={value}" for key, value in quant.items()),
         ],
     )
@@ -90,7 +93,7 @@ def save_lora(folder: Path, source: Path, size: float = 0.3) -> Path:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    adapted = add_lora(model, LoraSection(r=4, alpha=6), seed=0)
+    adapted = add_lora(model, LORA, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
