@@ -1,7 +1,7 @@
 """Figures of the method, as flows and curves.
 
-Curves are computed: the staircase by ``numerics``, the noise by ``noise.schedule``, the clipped
-loss by ``training.dapo``.
+Curves are computed: the staircase by ``npu_qat.numerics``, the noise by ``npu_qat.noise.schedule``,
+the clipped loss by ``npu_qat.training.dapo``.
 """
 
 from __future__ import annotations

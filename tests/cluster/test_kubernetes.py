@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from npu_qat.cli import build_parser
-from npu_qat.config import load_run, preset_names
+from npu_qat.config import Recipe, load_run, preset_names
 from tests.cluster.test_launch_script import script
 from tests.training.launching import ROOT
 
@@ -149,7 +149,7 @@ def test_every_command_is_one_of_the_program_and_can_resume(name: str, pod: dict
     _, command = job_of(pod["containers"][0])
     args = build_parser().parse_args(command)
     assert args.resume == "auto" and args.output.startswith("/runs/")
-    assert args.preset in preset_names()
+    assert args.preset in (None, *preset_names()) and (args.preset or args.config)
     mounts = [m["mountPath"] for c in pod["containers"] for m in c["volumeMounts"]]
     for path in filter(None, (args.config, args.output)):
         assert any(path.startswith(mount) for mount in mounts), path
@@ -159,8 +159,9 @@ def test_the_configuration_in_the_map_is_one(tmp_path: Path) -> None:
     settings = next(d for d in documents(FOLDER / "volumes.yaml") if d["kind"] == "ConfigMap")
     assert list(settings["data"]) == ["run.yaml"]
     (tmp_path / "run.yaml").write_text(settings["data"]["run.yaml"])
-    config = load_run(tmp_path / "run.yaml", preset="log-e13h").config
+    config = load_run(tmp_path / "run.yaml").config
     assert config.model.path == "/models/Qwen2.5-1.5B-Instruct"
+    assert config.quant == Recipe(), "the numbers of the operators that serve"
 
 
 def test_every_image_is_one_that_compose_builds() -> None:
