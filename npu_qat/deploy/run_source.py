@@ -21,13 +21,13 @@ from npu_qat.config import LoraSection, RunConfig
 from npu_qat.deploy.adapter import Adapter
 from npu_qat.deploy.checkpoint import open_checkpoint
 from npu_qat.deploy.core import PackedCore, fingerprint_of
+from npu_qat.training.rundir import BASE
 
 if TYPE_CHECKING:
     from npu_qat.layers import QuantizedModel
 
 # The arm that trains without quantisation, as a baseline.
 _BASELINE = "bf16_lora"
-BASE = "base.json"
 
 
 @dataclass(frozen=True)

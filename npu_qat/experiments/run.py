@@ -28,7 +28,7 @@ from npu_qat.config.dump import dump_yaml
 from npu_qat.config.load import load_config
 from npu_qat.deploy.adapter import write_binding
 from npu_qat.deploy.engine_base import FOLDER, check_engine_base, write_engine_base
-from npu_qat.deploy.run_source import BASE, describe_base
+from npu_qat.deploy.run_source import describe_base
 from npu_qat.evaluation.accuracy import Outcome, answer_problems
 from npu_qat.evaluation.intervals import paired_difference, proportion
 from npu_qat.evaluation.perplexity import (
@@ -56,7 +56,7 @@ from npu_qat.training.distill import Teacher
 from npu_qat.training.engine import Engine, launch_environment, shut_down, world
 from npu_qat.training.loop import Interrupted, Learner, total_steps
 from npu_qat.training.peers import failures_told
-from npu_qat.training.rundir import RunDirectory
+from npu_qat.training.rundir import BASE, RunDirectory
 from npu_qat.training.samplers import Sampler
 from npu_qat.training.sharing import first_says, folder_for_all
 
@@ -204,10 +204,9 @@ def _start(config: RunConfig) -> Selection:
 
 def _check_same_run(config: RunConfig, rundir: RunDirectory) -> None:
     """A resumed run is the same run: refuse keys that changed what it computes."""
-    before = rundir.path / "config.yaml"
-    if not before.exists():
+    if not rundir.holds_run():
         return
-    old = load_config(before).model_dump(exclude=MAY_CHANGE)
+    old = load_config(rundir.path / "config.yaml").model_dump(exclude=MAY_CHANGE)
     new = config.model_dump(exclude=MAY_CHANGE)
     changed = [
         f"{section}.{key} (was {old[section][key]!r}, is {value!r})"

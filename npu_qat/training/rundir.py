@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+# What the run's quantised base is: written once it is made.
+BASE = "base.json"
+# A run that has none of these has nothing to lose.
+RESULTS = (BASE, "evaluations", "checkpoints", METRICS)
 
 
 class RunDirectoryError(ValueError):
@@ -35,16 +39,24 @@ class RunDirectory:
     def __init__(self, path: Path, *, writer: bool = True) -> None:
         self.path, self.writer = Path(path), writer
 
+    def holds_run(self) -> bool:
+        """Whether there is a run that a new one would write over. One that failed before its first
+        result, for want of a model perhaps, left descriptions only and is in nobody's way."""
+        if not (self.path / "config.yaml").exists():
+            return False
+        described = (self.path / "environment.json").exists()
+        return not described or any((self.path / name).exists() for name in RESULTS)
+
     def prepare(self, *, resume: bool, bytes_needed: int) -> None:
         """Create the folder and prove that it can hold the run.
 
         Raises:
-            RunDirectoryError: it exists and ``resume`` is off, cannot be written, or the disk has
-                less than ``bytes_needed`` free.
+            RunDirectoryError: it holds a run and ``resume`` is off, cannot be written, or the disk
+                has less than ``bytes_needed`` free.
         """
         if not self.writer:
             return
-        if (self.path / "config.yaml").exists() and not resume:
+        if self.holds_run() and not resume:
             raise RunDirectoryError(
                 f"{self.path} holds a run already; continue it with --resume auto, or choose "
                 "another --output"

@@ -143,6 +143,14 @@ def test_a_run_shows_that_it_is_alive_in_its_evaluations_too(done: Path) -> None
     assert (done.parent / "heartbeat").stat().st_mtime > saved
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_mistyped_model_does_not_block_the_folder(tmp_path: Path, resume: bool) -> None:
+    for name in ("mistyped", "mistyped-again"):
+        with pytest.raises(ValueError, match=rf"{name}\b"):
+            carry_out(configuration(tmp_path / name), tmp_path / "run", resume=resume)
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_second_run_into_the_same_folder_is_refused(done: Path) -> None:
     config = read(done.parent / "config.json")
     before = results(done)

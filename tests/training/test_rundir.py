@@ -14,6 +14,7 @@ import pytest
 
 from npu_qat.training.rundir import (
     METRICS,
+    RESULTS,
     SAMPLES,
     RunDirectory,
     RunDirectoryError,
@@ -36,6 +37,19 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path: Path) -> 
     with pytest.raises(RunDirectoryError, match=r"holds a run already.*--resume auto"):
         run.prepare(resume=False, bytes_needed=MIB)
     run.prepare(resume=True, bytes_needed=MIB)
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_run_that_failed_before_its_first_result_is_in_nobodys_way(
+    tmp_path: Path, result: str
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_text("config.yaml", "run: {}\n")
+    run.write_json("environment.json", {})
+    run.prepare(resume=False, bytes_needed=MIB)
+    (tmp_path / result).mkdir()
+    with pytest.raises(RunDirectoryError, match="holds a run already"):
+        run.prepare(resume=False, bytes_needed=MIB)
 
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path) -> None:
