@@ -77,8 +77,8 @@ def launch_environment(device: torch.device) -> None:
     launcher's variables are incomplete.
 
     Respects the variables that torchrun and the deepspeed launcher set. Without them the process is
-    alone and its group meets in memory: there is no port to choose, and so none that another of many
-    processes that start at once may take first.
+    alone and its group meets in memory: there is no port to choose, and so none that another of
+    many processes that start at once may take first.
     """
     os.environ["DS_ACCELERATOR"] = device.type  # the device was chosen, with a reason
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it later, too

@@ -11,8 +11,8 @@ from npu_qat.config import ModelConfig, Recipe, RunConfig
 from npu_qat.deploy import open_checkpoint, open_export
 from npu_qat.deploy.core import PackedCore
 from npu_qat.deploy.engine_base import FOLDER, check_engine_base, write_engine_base
-from npu_qat.training.rundir import BASE
 from npu_qat.deploy.validate import validate
+from npu_qat.training.rundir import BASE
 from tests.deploy.models import damage, save
 
 OTHER_MODEL = "rollout.engine vllm does not compute the model that is trained: with a base in "

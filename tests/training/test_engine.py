@@ -89,7 +89,7 @@ def test_half_a_launchers_variables_are_an_error(monkeypatch: pytest.MonkeyPatch
     assert not _is_launched()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT are not set.*torchrun"):
+    with pytest.raises(ValueError, match=r"MASTER_ADDR and MASTER_PORT are not set.*torchrun"):
         _is_launched()
 
 
