@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_qat.cli.arguments import DEVICES, examples
+from npu_qat.cli.arguments import DEVICES, HelpFormatter, examples
 from npu_qat.cli.terminal import FAILED, INTERRUPTED, make_console
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "questions asked of them. 'run' carries out what has no result yet and never overwrites "
         "one; 'report' puts the results into tables with intervals and corrected tests.",
         epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     inner = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -67,7 +70,7 @@ def _add(commands: Any, name: str, purpose: str, epilog: str, run: Any) -> argpa
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
@@ -82,7 +85,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--time-limit",
-        type=float,
+        type=_positive_seconds,
         metavar="SECONDS",
         help="start no cell that would not end before, and ask running ones to stop then",
     )
@@ -130,6 +133,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _positive_seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return value
+
+
 def _list(args: argparse.Namespace) -> int:
     from npu_qat.experiments.matrix import cells, load_matrix, matrix_path, shipped_matrices
     from npu_qat.experiments.matrix_store import code_digest
@@ -158,20 +168,33 @@ def _select(args: argparse.Namespace) -> tuple[Matrix, list[Cell], Path, Path]:
     overrides = parse_overrides(args.overrides)
     if args.device:
         overrides.append(Override(("run", "device"), args.device, f"--device {args.device}"))
-    chosen = cells(matrix, models=models, overrides=overrides)
-    if args.arms:
+    chosen = everything = cells(matrix, models=models, overrides=overrides)
+    if args.arms is not None:
         names = args.arms.split(",")
         if unknown := sorted(set(names) - {arm.name for arm in matrix.arms}):
             known = ", ".join(arm.name for arm in matrix.arms)
             raise ConfigError([f"--arms: there is no arm {unknown[0]!r}; arms: {known}"])
         chosen = [cell for cell in chosen if cell.arm.name in names]
-    if args.seeds:
-        seeds = {int(seed) for seed in args.seeds.split(",")}
+    if args.seeds is not None:
+        seeds = _seeds(args.seeds, {cell.seed for cell in everything})
         chosen = [cell for cell in chosen if cell.seed in seeds or not cell.arm.train]
     if args.priority is not None:
         chosen = [cell for cell in chosen if cell.arm.priority <= args.priority]
     home = Path("runs") / "experiments" / matrix.name
     return matrix, chosen, Path(args.results or home / "results"), Path(args.runs or home / "runs")
+
+
+def _seeds(text: str, known: set[int]) -> set[int]:
+    """The numbers of ``--seeds``. Raises ``ConfigError`` for one that no arm has."""
+    from npu_qat.config import ConfigError
+
+    listed = ", ".join(map(str, sorted(known)))
+    chosen = set()
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) not in known:
+            raise ConfigError([f"--seeds: no arm has the seed {part!r}; seeds: {listed}"])
+        chosen.add(int(part))
+    return chosen
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -199,23 +222,35 @@ def _run(args: argparse.Namespace) -> int:
     devices = [text for text in args.devices.split(",") if text]
     slots = make_slots(min(args.jobs, len(waiting)), devices, args.device or "auto")
     command = [sys.executable, "-m", "npu_qat", "experiment", "worker", *_forwarded(args, runs)]
-    progress = run_cells(
-        waiting,
-        store,
-        Workplace(command, runs, slots),
-        lambda text: console.print(text, markup=False, soft_wrap=True),
-        time_limit=args.time_limit,
-        known=_seconds(store, chosen),
-    )
+    with _stopped_as_by_ctrl_c():
+        progress = run_cells(
+            waiting,
+            store,
+            Workplace(command, runs, slots),
+            lambda text: console.print(text, markup=False, soft_wrap=True),
+            time_limit=args.time_limit,
+            known=_seconds(store, chosen),
+        )
     console.print(
         f"{len(progress.done)} done, {len(progress.failed)} failed, {len(progress.stopped)} "
-        f"stopped, {len(progress.not_started)} not started",
+        f"stopped, {len(progress.not_started)} not started"
+        + (f", {len(progress.elsewhere)} at work elsewhere" if progress.elsewhere else ""),
         markup=False,
     )
-    if progress.stopped or progress.not_started:
+    if progress.stopped or progress.not_started or progress.elsewhere:
         return INTERRUPTED
     expected = {cell.id for cell in waiting if cell.arm.expect == "refused"}
     return FAILED if set(progress.failed) - expected else 0
+
+
+@contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, by which a cluster ends a job, lets the running cells write a checkpoint, too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _state(store: Store, cell: Cell) -> str:
@@ -258,6 +293,11 @@ def _report(args: argparse.Namespace) -> int:
 
     matrix = load_matrix(matrix_path(args.matrix))
     results = Path(args.results or Path("runs") / "experiments" / matrix.name / "results")
+    if not results.is_dir():
+        raise ValueError(
+            f"{results}: no such folder; 'npu-qat experiment run {args.matrix}' makes results, and "
+            "--results says where they are"
+        )
     output = Path(args.output) if args.output else results.parent
     for path in write_report(matrix, results, output):
         make_console().print(str(path), markup=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npu_qat.cli.arguments import (
     BACKENDS,
     DEVICES,
+    HelpFormatter,
     add_config_arguments,
     examples,
     load_from,
@@ -39,6 +42,7 @@ SERVED = {"mxfp4": "ascend950", "nvfp4": "nvfp4"}
 INJECTION_POINTS = ("weight", "input", "both", "output", "weight_output")
 LOSSES = ("none", "layer", "linear")
 SCORES = ("output", "input", "weight", "loss", "leave_one_out", "elementwise")
+DEFAULT_LOSS, DEFAULT_SCORE, DEFAULT_BATCH = "linear", "output", 8
 DEFAULT_TEXTS = 32
 PUBLISHED_TEXTS = 8
 _SHOWN = 8
@@ -55,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "strategy a YAML file that 'npu-qat train' takes. The model is not changed. Without "
         "CONFIG, --preset and --model_path it scans the demo.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_config_arguments(parser)
@@ -95,20 +99,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--loss",
         choices=LOSSES,
-        default="linear",
         help="what each linear (default), or each layer and kind, adds to the loss: two passes "
         "over the texts each",
     )
     parser.add_argument(
         "--score",
         choices=SCORES,
-        default="output",
         help="what the multipliers go by (default output)",
     )
     parser.add_argument(
         "--normalize", action="store_true", help="multipliers with mean 1 (noise.layers.normalize)"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="texts a forward pass (loss)")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="texts a forward pass (loss; default 8)"
+    )
     for name, default, what in (
         ("sqnr", 20.0, "dB below which"),
         ("deadzone", 0.05, "share above which"),
@@ -139,6 +143,10 @@ def run(args: argparse.Namespace) -> int:
     from npu_qat.backends import select
     from npu_qat.layers.base_model import load_base
 
+    if args.method == "linears":
+        from npu_qat.sensitivity import check_score
+
+        check_score(args.score or DEFAULT_SCORE, loaded.config.quant, args.loss or DEFAULT_LOSS)
     console = make_console()
     for note in loaded.notes:
         console.print(f"note: {note}", markup=False)
@@ -164,8 +172,8 @@ def run(args: argparse.Namespace) -> int:
         texts,
         config.quant,
         backend=selection.backend,
-        loss=args.loss,
-        batch_size=args.batch_size,
+        loss=args.loss or DEFAULT_LOSS,
+        batch_size=args.batch_size or DEFAULT_BATCH,
         progress=_progress(console),
     )
     _write(args, loaded, found, source, files, console)
@@ -181,6 +189,17 @@ def _check(args: argparse.Namespace) -> None:
     ]
     if thresholds and args.method != "published":
         raise ValueError(f"{thresholds[0]} goes with --method published; the scan of linears ranks")
+    for option in thresholds:
+        value = getattr(args, option[2:])
+        if not math.isfinite(value) or value < 0.0:
+            raise ValueError(f"{option} must be a number of 0 or more, not {value}")
+    if args.method == "published":
+        for option in ("loss", "score", "batch_size"):
+            if getattr(args, option) is not None:
+                raise ValueError(
+                    f"--{option} goes with --method linears; the published scan measures no loss, "
+                    "and its multipliers go by its relative error"
+                )
     for option in ("num_prompts", "batch_size"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -203,6 +222,9 @@ def _load(args: argparse.Namespace) -> Loaded:
         "model.path": args.model_path,
         "quant.injection_point": args.injection_point,
     }
+    if args.model_path is not None:
+        # A revision that a preset names is one of the preset's own model.
+        args.overrides = ["model.revision=null", *args.overrides]
     if args.injection_point is not None:
         options["quant.lora_input"] = "full"  # a scan has no LoRA
     if args.quant_type is not None:
@@ -249,7 +271,8 @@ def _texts_from_file(file: Path, wanted: int, tokenizer: Any) -> tuple[list[Text
     from npu_qat.sensitivity import Text
 
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): texts may hold U+2028.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {file}: cannot be read: {error}") from None
     texts: list[Text] = []
@@ -303,7 +326,15 @@ class _Files:
         path = Path(output)
         json_file = path.suffix == ".json"
         folder, stem = (path.parent, path.stem) if json_file else (path, None)
-        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        try:  # before a scan that may take long
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"--output {output}: {folder} is no folder that can be written to: {error.strerror}"
+            ) from None
         return cls(folder, stem)
 
     @property
@@ -338,9 +369,10 @@ def _write(
     from npu_qat.sensitivity.statements import statements
 
     model = loaded.config.model.path
-    guidance = _guidance(args.score, layer_scores(found, args.score), args.normalize)
+    score = args.score or DEFAULT_SCORE
+    guidance = _guidance(score, layer_scores(found, score), args.normalize)
     sentences = statements(found)
-    written = _write_noise(guidance, files, f"a scan of {model}, score {args.score}")
+    written = _write_noise(guidance, files, f"a scan of {model}, score {score}")
     _write_json(
         files.result,
         {
@@ -353,11 +385,7 @@ def _write(
     )
     title = f"{model}: {headline(found)}"
     write_heat_map(found, files.picture, title)
-    names = {
-        files.result.name: "everything measured",
-        files.picture.name: "the heat maps as a picture",
-        **{path.name: "noise for npu-qat train" for path in written},
-    }
+    names = _what_is_what(files, written)
     write_scan_page(
         found,
         files.page,
@@ -370,6 +398,15 @@ def _write(
     _print(found, guidance, sentences, console)
     for path in (files.result, files.picture, files.page, *written):
         console.print(f"wrote {path}", markup=False)
+
+
+def _what_is_what(files: _Files, noise: list[Path]) -> dict[str, str]:
+    """Names of the other files for the page, with what they are."""
+    return {
+        files.result.name: "everything measured",
+        files.picture.name: "the heat maps as a picture",
+        **{path.name: "noise for npu-qat train" for path in noise},
+    }
 
 
 def _guidance(score: str, scores: dict[int, float], normalize: bool) -> Guidance:
@@ -478,10 +515,7 @@ def _print(found: Scan, guidance: Guidance, sentences: list[str], console: Conso
         ]
         losses = ["-", "-"]
         if row.loss is not None:
-            losses = [
-                f"{c.mean:+.4f} ± {c.standard_error:.4f}"
-                for c in (row.loss.one_at_a_time, row.loss.leave_one_out)
-            ]
+            losses = [str(row.loss.one_at_a_time), str(row.loss.leave_one_out)]
         table.add_row(s.path, *parts, *losses)
     console.print(table)
     for sentence in sentences:
@@ -501,6 +535,7 @@ def _published(
     files: _Files,
     console: Console,
 ) -> None:
+    from npu_qat.reporting.published_page import write_published_map, write_published_page
     from npu_qat.sensitivity import Thresholds, published_scan
 
     named = {
@@ -529,8 +564,13 @@ def _published(
     result["source"] = source
     _write_json(files.result, result)
     written = _write_noise(guidance, files, f"the published scan of {config.model.path}")
+    flagged = result["report"]["summary"]["problematic_layers"]
+    title = f"{config.model.path}: the published scan flags {flagged} of {len(rows)} layers"
+    write_published_map(result, files.picture, title)
+    names = _what_is_what(files, written)
+    write_published_page(result, files.page, source=source, guidance=guidance, files=names)
     _print_published(result, console)
-    for path in (files.result, *written):
+    for path in (files.result, files.picture, files.page, *written):
         console.print(f"wrote {path}", markup=False)
 
 

@@ -106,6 +106,8 @@ def preset_path(name: str) -> FilePath:
     runs = [n for n in names if f"log-{wanted}" == n or f"plan-{wanted}" == n]
     if len(wanted.split("-")) == 1:
         runs = [n for n in names if _run_id(n) == wanted]
+    if not runs:  # the log's own "E13a-nvfp4"
+        runs = [n for n in names if wanted.removeprefix("log-") == _logged_id(n)]
     if len(runs) == 1:
         return PRESET_FOLDER / f"{runs[0]}.yaml"
     if runs:
@@ -128,6 +130,11 @@ def _run_id(preset: str) -> str:
     """The documents' id of a run: ``e13a`` of ``plan-e13a`` and of ``log-e13a-mxfp4``."""
     parts = preset.split("-")
     return parts[1] if parts[0] in ("plan", "log") else preset
+
+
+def _logged_id(preset: str) -> str:
+    """The id in a preset's header: ``e13a-nvfp4`` of ``log-e13a``."""
+    return preset_summary(preset).partition(":")[0].split()[-1].lower()
 
 
 def _preset_layers(name: str) -> list[Document]:

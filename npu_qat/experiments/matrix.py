@@ -118,7 +118,9 @@ class Matrix(Section):
 
     name: Name = Field(description="Names the folder of its results.")
     title: str = Field(description="One line.")
-    about: str = Field("", description="What is measured on what, with its limits.")
+    about: str = Field(
+        "", description="What is measured on what, with its limits. A line is a paragraph."
+    )
     preset: str | None = Field(None, description="What all arms start from.")
     set: Settings = Field(default_factory=dict, description="Keys over it, for all arms.")
     seeds: tuple[int, ...] = Field((0,), description="Values of run.seed.")
@@ -152,6 +154,16 @@ class Matrix(Section):
         for arm in self.arms:
             if arm.serve and not arm.train:
                 raise ValueError(f"arm {arm.name!r} trains nothing, so it has nothing to serve")
+        for where, seeds in (
+            ("", self.seeds),
+            *((f"arm {a.name!r}: ", a.seeds) for a in self.arms),
+        ):
+            if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+                raise ValueError(f"{where}seeds: expected one or more different numbers")
+        settings = [self.set, *self.variants.values(), *(a.set for a in self.arms)]
+        settings += [model.set for model in self.models.values()]
+        if any("run.seed" in keys for keys in settings):
+            raise ValueError("run.seed is what differs between cells; use 'seeds:'")
         return self
 
     @property
@@ -247,7 +259,10 @@ def shipped_matrices() -> list[str]:
 
 def load_matrix(path: Path) -> Matrix:
     """Read a matrix file. Raises ``ConfigError`` with every problem in it."""
-    document = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    try:
+        document = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     if not isinstance(document.data, Mapping):
         raise ConfigError([f"{path.name}: expected keys such as 'name:' and 'arms:'"])
     try:
@@ -276,9 +291,12 @@ def cells(
         overrides: keys for all cells, over everything else.
 
     Raises:
-        ConfigError: an arm's configuration is not valid, unless the arm expects to be refused.
+        ConfigError: an arm's configuration is not valid, unless the arm expects to be refused; or
+            an override of ``run.seed``, which would make all seeds one.
     """
     models = models or {}
+    if said := [o.origin for o in overrides if o.path == ("run", "seed")]:
+        raise ConfigError([f"{said[0]}: each cell has a seed of its own; use --seeds"])
     if unknown := sorted(set(models) - set(matrix.models)):
         raise ConfigError(
             [f"--model: the matrix has no model {unknown[0]!r}; it has {sorted(matrix.models)}"]

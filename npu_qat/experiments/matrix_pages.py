@@ -92,7 +92,8 @@ def answers_page(analyses: list[Analysis]) -> str:
         "",
     ]
     for found in analyses:
-        about = " ".join(found.matrix.about.split())
+        # The first paragraph says what was run on what; the report's page has the rest.
+        about = next(iter(found.matrix.about.splitlines()), "")
         lines += [f"- **[{found.matrix.title}]({found.matrix.name}/report.md).** {about}"]
     lines += [""] if analyses else ["No results yet.", ""]
     for number, topic in enumerate(_ASKED, start=1):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import html as html_module
 import json
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ class Check:
 
 @dataclass
 class Analysis:
-    """Everything a page shows."""
+    """Everything a page shows; ``cells`` is the folder of the results, seen from the page."""
 
     matrix: Matrix
     scale: Scale
@@ -187,6 +188,7 @@ class Analysis:
     missing: list[str]
     stale: list[str]
     commits: dict[str, str] = field(default_factory=dict)
+    cells: str = "cells"
 
 
 def analyse(matrix: Matrix, results: Path) -> Analysis:
@@ -485,16 +487,17 @@ def write_report(matrix: Matrix, results: Path, output: Path) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``report.json`` and two plots into ``output``."""
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, text in report_files(matrix, results).items():
+    for name, text in report_files(matrix, results, output).items():
         path = output / name
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written
 
 
-def report_files(matrix: Matrix, results: Path) -> dict[str, str]:
-    """File name -> content of a report."""
+def report_files(matrix: Matrix, results: Path, output: Path | None = None) -> dict[str, str]:
+    """File name -> content of a report for the folder ``output`` (default: above ``results``)."""
     found = analyse(matrix, results)
+    found.cells = Path(os.path.relpath(results, output or results.parent)).as_posix()
     plots = {"rows.svg": _dot_plot(found), "curves.svg": _curves(found)}
     return {
         "report.md": markdown(found),
@@ -589,8 +592,9 @@ def markdown(found: Analysis) -> str:
     """The report as Markdown."""
     lines = [f"# {found.matrix.title}", ""]
     lines += [
-        "Written by `npu-qat experiment pages` from the result files in [cells](cells); do not "
-        f"edit. `npu-qat experiment run {found.matrix.name}` makes such files.",
+        f"Written by `npu-qat experiment pages` from the result files in [{found.cells}]"
+        f"({found.cells}); do not edit. `npu-qat experiment run {found.matrix.name}` makes such "
+        "files.",
         "",
     ]
     for title, blocks in _sections(found):
@@ -634,7 +638,7 @@ def _sections(found: Analysis) -> list[tuple[str, list[Block]]]:
     """The page's sections: title and blocks, for Markdown and HTML alike."""
     metric = "Accuracy" if found.scale.is_accuracy else "Perplexity of the answers (less is better)"
     sections: list[tuple[str, list[Block]]] = [
-        ("", [" ".join(found.matrix.about.split()), _made_by_words(found)]),
+        ("", [*found.matrix.about.splitlines(), _made_by_words(found)]),
         (
             metric,
             [_row_note(found), _row_table(found), Picture("rows.svg", f"{metric} of each row")],

@@ -5,12 +5,16 @@ process that lives for many cells: it reads the id of a cell from its standard i
 out, and answers with one line. A worker that dies (out of memory, a driver's fault) takes one cell
 with it, which is recorded as failed, and is replaced.
 
+Several runs may share a folder: a worker locks a cell while it carries it out, passes over one that
+another process has locked, and takes a result that another one wrote meanwhile as it is.
+
 Several workers on one accelerator pay off for models so small that launching kernels, not
 computing, is what takes the time; each is one thread on the host.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -18,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +66,7 @@ class Progress:
     done: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # another process was at it
     not_started: list[str] = field(default_factory=list)
 
 
@@ -96,25 +102,25 @@ def run_cells(
             stopped go first: they need the least, and a checkpoint loses nothing. Then a cell that
             would not end before is not started, a shorter one behind it is.
         known: arm -> most seconds that a cell of it took earlier.
+
+    Ctrl-C asks the running cells to stop, a second one ends them.
+
+    Raises:
+        OSError: results cannot be written to ``store``; nothing is started then.
     """
+    store.check_writable()
     begun = [cell for cell in cells if _is_begun(workplace.runs, cell)]
     ordered = [*begun, *(cell for cell in cells if cell not in begun)]
     scheduler = _Scheduler(
         ordered, {cell.id for cell in begun}, store, workplace, say, time_limit, dict(known or {})
     )
-    threads = [
-        threading.Thread(target=scheduler.work, args=(slot, number), daemon=True)
-        for number, slot in enumerate(workplace.slots)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        scheduler.watch(threads)
-    except KeyboardInterrupt:
-        say("stopping: running cells write a checkpoint; the same command goes on from there")
-        scheduler.stop()
-        for thread in threads:
-            thread.join()
+    scheduler.start()
+    while not scheduler.over.is_set():
+        try:
+            scheduler.watch()
+        except KeyboardInterrupt:
+            scheduler.interrupt()
+    scheduler.close()
     scheduler.progress.not_started = [cell.id for cell in scheduler.waiting]
     return scheduler.progress
 
@@ -151,22 +157,50 @@ class _Scheduler:
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.workers: dict[int, subprocess.Popen[str]] = {}
+        self.busy = len(workplace.slots)
+        # Not Thread.join(): until Python 3.13 Ctrl-C in it makes a running thread count as ended.
+        self.over = threading.Event()
+        self.killer = threading.Timer(SECONDS_TO_STOP, self._kill)
+        self.error: Exception | None = None
 
-    def watch(self, threads: Sequence[threading.Thread]) -> None:
+    def start(self) -> None:
+        """One thread a slot."""
+        for number, slot in enumerate(self.workplace.slots):
+            threading.Thread(target=self._use_slot, args=(slot, number), daemon=True).start()
+
+    def watch(self) -> None:
         """Wait for the workers; at the time limit ask them to stop, and soon make them."""
-        while any(thread.is_alive() for thread in threads):
+        while not self.over.wait(timeout=0.2):
             if self.end is not None and time.monotonic() > self.end and not self.stopping.is_set():
                 self.say("time limit: running cells are asked to stop")
                 self.stop()
-            for thread in threads:
-                thread.join(timeout=0.2)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the first asks, the second does not."""
+        if self.stopping.is_set():
+            self._kill()
+            return
+        self.say(
+            "stopping: running cells write a checkpoint; the same command goes on from there. "
+            "Once more ends them at once"
+        )
+        self.stop()
 
     def stop(self) -> None:
         """Start no cell any more and ask the running ones to stop; kill what does not."""
-        self.stopping.set()
+        with self.lock:
+            if self.stopping.is_set():
+                return
+            self.stopping.set()
+            self.killer.start()
         for worker in list(self.workers.values()):
             worker.terminate()
-        threading.Timer(SECONDS_TO_STOP, self._kill).start()
+
+    def close(self) -> None:
+        """All workers are gone. Raises what went wrong with them, if it was no cell's failure."""
+        self.killer.cancel()
+        if self.error is not None:
+            raise self.error
 
     def _kill(self) -> None:
         for worker in list(self.workers.values()):
@@ -194,7 +228,20 @@ class _Scheduler:
         """Whether everything fails now."""
         return self.failures_in_a_row >= max(ENOUGH_FAILURES, 2 * len(self.workplace.slots))
 
-    def work(self, slot: dict[str, str], number: int) -> None:
+    def _use_slot(self, slot: dict[str, str], number: int) -> None:
+        """What a thread does. An error of its own (results that cannot be written) ends the run."""
+        try:
+            self._work(slot, number)
+        except Exception as error:
+            self.error = self.error or error
+            self.stop()
+        finally:
+            with self.lock:
+                self.busy -= 1
+                if not self.busy:
+                    self.over.set()
+
+    def _work(self, slot: dict[str, str], number: int) -> None:
         """One worker after another until nothing is left."""
         cell = self.next()
         while cell is not None:
@@ -204,11 +251,12 @@ class _Scheduler:
                 while cell is not None and self._carry_out(worker, cell, number):
                     cell = self.next()
                 assert worker.stdin is not None
-                worker.stdin.close()
+                with suppress(BrokenPipeError):  # it died with the id of a cell unread
+                    worker.stdin.close()
                 worker.wait()
             if self.stopping.is_set():
                 return
-            if cell is not None:  # the worker died with it
+            if cell is not None:  # the worker is gone
                 cell = self.next()
 
     def _start(self, slot: dict[str, str], log: Any) -> subprocess.Popen[str]:
@@ -224,7 +272,11 @@ class _Scheduler:
         )
 
     def _carry_out(self, worker: subprocess.Popen[str], cell: Cell, number: int) -> bool:
-        """Have ``worker`` do ``cell``; False if it is not there any more."""
+        """Have ``worker`` do ``cell``; False if it shall do no other.
+
+        One that failed at a cell has to go: what made it fail may stay with the process (a broken
+        CUDA context, a taken port), which would then fail at every cell that is left.
+        """
         started = time.monotonic()
         assert worker.stdin is not None and worker.stdout is not None
         try:
@@ -239,7 +291,7 @@ class _Scheduler:
             return False
         said = json.loads(answer.removeprefix(ANSWER))
         self._note(said["status"], cell, seconds, said.get("text", ""))
-        return said["status"] != "stopped"
+        return said["status"] in ("done", "elsewhere")
 
     def _note(self, status: str, cell: Cell, seconds: float, text: str) -> None:
         with self.lock:
@@ -297,19 +349,49 @@ def serve_cells(cells: Sequence[Cell], store: Store, runs: Path, *, keep_runs: b
     for line in sys.stdin:
         cell = by_id[line.strip()]
         run_dir = _run_folder(runs, cell)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "log.txt").open("a", encoding="utf-8") as log:
-            try:
-                record = run_cell(cell, run_dir, Console(file=log, width=160))
-            except (Interrupted, KeyboardInterrupt):
-                _answer({"status": "stopped"})
-                return 0
-        store.add(cell, record)
-        _release()
-        if record["status"] == "done" and not keep_runs:
-            shutil.rmtree(run_dir)
+        with _claimed(run_dir) as ours:
+            if not ours:
+                _answer({"status": "elsewhere", "text": "another process is at it"})
+                continue
+            if (known := store.result(cell)) is not None:
+                _answer({"status": "done", "text": f"by another process: {_in_short(known)}"})
+                continue
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / "log.txt").open("a", encoding="utf-8") as log:
+                try:
+                    record = run_cell(cell, run_dir, Console(file=log, width=160))
+                except (Interrupted, KeyboardInterrupt):
+                    _answer({"status": "stopped"})
+                    return 0
+            store.add(cell, record)
+            _release()
+            if record["status"] == "done" and not keep_runs:
+                shutil.rmtree(run_dir)
         _answer({"status": record["status"], "text": _in_short(record)})
     return 0
+
+
+@contextmanager
+def _claimed(run_dir: Path) -> Iterator[bool]:
+    """Whether this process alone is at the cell of ``run_dir``, until the end of the block.
+
+    A lock on a file beside the folder: the folder itself goes when its cell is done, and the lock
+    of a process that dies goes with it.
+    """
+    path = run_dir.with_name(f"{run_dir.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that its owner removed after it was opened here locks nothing.
+            ours = os.path.samestat(os.fstat(handle.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        try:
+            yield ours
+        finally:
+            if ours:
+                path.unlink(missing_ok=True)
 
 
 def _release() -> None:

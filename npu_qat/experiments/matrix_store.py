@@ -27,6 +27,9 @@ DECIDES = (
     *("config/schema.py", "experiments/run.py", "experiments/evidence.py"),
 )
 
+# What every record has; the rest depends on what became of its cell.
+_ALWAYS = ("arm", "model", "seed", "status", "finished")
+
 
 @lru_cache(maxsize=2)
 def code_digest(package: Path = PACKAGE) -> str:
@@ -54,12 +57,12 @@ class Store:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The result of ``cell``, or None."""
-        found = [r for p in self._files(cell) if (r := _read(p)) and r["status"] == "done"]
+        found = [r for p in self._files(cell) if (r := _read(p))["status"] == "done"]
         return max(found, key=lambda r: str(r["finished"]), default=None)
 
     def failures(self, cell: Cell) -> list[dict[str, Any]]:
         """Failed attempts at ``cell``, oldest first."""
-        found = [r for p in self._files(cell) if (r := _read(p)) and r["status"] == "failed"]
+        found = [r for p in self._files(cell) if (r := _read(p))["status"] == "failed"]
         return sorted(found, key=lambda r: str(r["finished"]))
 
     def add(self, cell: Cell, record: dict[str, Any]) -> Path:
@@ -79,6 +82,22 @@ class Store:
                 return _write_new(self.folder / f"{stem}.failed-{attempt}.json", text)
             except FileExistsError:
                 attempt += 1
+
+    def check_writable(self) -> None:
+        """Make the folder, and a file in it: hours of work are to end there.
+
+        Raises:
+            OSError: that failed.
+        """
+        probe = self.folder / f".{os.getpid()}.probe"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"results cannot be written to {self.folder}: {error.strerror}; give --results"
+            ) from None
 
     def _files(self, cell: Cell) -> Iterator[Path]:
         code = "*" if self.any_code else code_digest()
@@ -104,16 +123,21 @@ def unpack_outcomes(text: str) -> list[bool]:
     return [bit == "1" for bit in bits]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
+    """Raises ``ValueError`` for a file that is no result of this version."""
+    advice = "the file was damaged, restore or delete it"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error.msg}); the file was damaged, restore or delete it"
-        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+        raise ValueError(f"{path}: not valid JSON ({reason}); {advice}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: not a result; {advice}")
     if record.get("format") != FORMAT:
         raise ValueError(f"{path}: format {record.get('format')} is not {FORMAT} of this version")
-    return dict(record)
+    if missing := [key for key in _ALWAYS if key not in record]:
+        raise ValueError(f"{path}: there is no {missing[0]!r} in it; {advice}")
+    return record
 
 
 def _write_new(target: Path, text: str) -> Path:

@@ -247,7 +247,7 @@ def write_scan_page(
         channels=outlier_channels(scan),
         depth=depth_figure(scan),
         guidance=guidance,
-        multipliers=_multiplier_table(guidance),
+        multipliers=multiplier_table(guidance),
         misleading=sum(bool(s.input and s.input.relative_error_misleading) for s in scan.linears),
         files=files,
     )
@@ -375,7 +375,7 @@ def depth_figure(scan: Scan) -> Figure:
         )
 
 
-def _multiplier_table(guidance: Guidance) -> list[dict[str, Any]]:
+def multiplier_table(guidance: Guidance) -> list[dict[str, Any]]:
     """Score and multiplier of each strategy, by layer; zones in their late phase."""
     tables = {
         name: LayerMultipliers(section, guidance.scores)

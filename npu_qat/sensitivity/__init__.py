@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from npu_qat.sensitivity.guidance import (
         SCORES,
         STRATEGIES,
+        check_score,
         guide,
         layer_scores,
         layer_sigma_config,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "SCORES": "guidance",
     "STRATEGIES": "guidance",
+    "check_score": "guidance",
     "guide": "guidance",
     "layer_scores": "guidance",
     "layer_sigma_config": "guidance",
@@ -45,6 +47,7 @@ __all__ = [
     "Scan",
     "Text",
     "Thresholds",
+    "check_score",
     "guide",
     "layer_scores",
     "layer_sigma_config",

@@ -55,7 +55,7 @@ class Growth:
 
     ``line`` and ``exponential`` are the shares of the variance that each explains (R squared, both
     on the errors themselves), ``factor`` the growth of the exponential from layer to layer. None
-    where there are fewer than ``MIN_LAYERS`` layers.
+    where there are fewer than ``MIN_LAYERS`` layers, or one without any error.
     """
 
     line: float | None
@@ -75,8 +75,12 @@ def fit_growth(errors: Sequence[float]) -> Growth:
         f"The accumulated error goes from {first:.1%} behind the first layer to {last:.1%} behind "
         f"the last of {len(errors)}."
     )
-    if len(errors) < MIN_LAYERS or min(errors) <= 0.0:
-        reason = f"{len(errors)} layers are too few to tell a line from an exponential."
+    if len(errors) < MIN_LAYERS:
+        count = f"{len(errors)} layers are" if len(errors) > 1 else "1 layer is"
+        reason = f"{count} too few to tell a line from an exponential."
+        return Growth(None, None, None, f"{span} {reason}")
+    if min(errors) <= 0.0:
+        reason = "Where a layer has no error at all, no exponential can be fitted."
         return Growth(None, None, None, f"{span} {reason}")
     depth = [float(i) for i in range(len(errors))]
     a, b = _least_squares(depth, errors)

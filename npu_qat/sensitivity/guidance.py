@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from npu_qat.config import LayerSigma, ZoneSchedule
+from npu_qat.config import LayerSigma, Recipe, ZoneSchedule
 from npu_qat.sensitivity.scanner import Scan
 
 STRATEGIES = ("targeted", "variable", "inverse", "ceiling", "zone")
@@ -41,6 +41,27 @@ FLAT_BELOW = 0.1
 """Scores that all lie within this share of their mean cannot guide anything."""
 
 _DIGITS = 4
+
+
+def check_score(score: str, recipe: Recipe, loss: str) -> None:
+    """Raise ``ValueError`` if a scan of ``recipe`` with this ``loss`` will not have ``score``.
+
+    To be asked before a scan, which may take long.
+    """
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; choose {', '.join(SCORES)}")
+    if score in ("loss", "leave_one_out") and loss == "none":
+        raise ValueError(f"score {score!r} needs a scan with loss 'layer' or 'linear'")
+    measured = {
+        "input": recipe.quantizes_input,
+        "weight": recipe.quantizes_weight,
+        "elementwise": recipe.quantizes_input or recipe.quantizes_output,
+    }
+    if not measured.get(score, True):
+        raise ValueError(
+            f"score {score!r} needs a quantised {'input' if score != 'weight' else score}, "
+            f"which injection_point {recipe.injection_point!r} has not; use 'output'"
+        )
 
 
 def layer_scores(scan: Scan, score: str = "output") -> dict[int, float]:
@@ -56,8 +77,7 @@ def layer_scores(scan: Scan, score: str = "output") -> dict[int, float]:
     Raises:
         ValueError: an unknown score, or one that this scan did not measure.
     """
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}; choose {', '.join(SCORES)}")
+    check_score(score, Recipe.model_validate(scan.recipe), "none" if scan.loss is None else "layer")
     if score in ("loss", "leave_one_out"):
         return _loss_scores(scan, score)
     scores = {}
@@ -70,18 +90,12 @@ def layer_scores(scan: Scan, score: str = "output") -> dict[int, float]:
             else:
                 summary = getattr(linear, score)
                 values += [summary.relative_error] if summary else []
-        if not values:
-            raise ValueError(
-                f"score {score!r} needs a quantised {'input' if score != 'weight' else score}, "
-                f"which injection_point {scan.recipe['injection_point']!r} has not; use 'output'"
-            )
         scores[index] = sum(values) / len(values)
     return scores
 
 
 def _loss_scores(scan: Scan, score: str) -> dict[int, float]:
-    if scan.loss is None:
-        raise ValueError(f"score {score!r} needs a scan with loss 'layer' or 'linear'")
+    assert scan.loss is not None
     name = "one_at_a_time" if score == "loss" else score
     scores = {i: max(getattr(c, name).mean, 0.0) for i, c in scan.loss.layers.items()}
     if not any(scores.values()):

@@ -26,13 +26,28 @@ from torch import Tensor, nn
 from npu_qat.sensitivity.texts import Text
 from npu_qat.sensitivity.twins import LinearTap
 
+CLEAR = 2.0
+"""Standard errors above which a contribution to the loss is called clear."""
+
 
 @dataclass(frozen=True)
 class Contribution:
-    """Change of the loss in nats a token, mean over texts, with its standard error."""
+    """Change of the loss in nats a token, mean over texts, with its standard error.
+
+    The standard error is None for a single text, which says nothing about others.
+    """
 
     mean: float
-    standard_error: float
+    standard_error: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the loss rises by more than ``CLEAR`` standard errors."""
+        return self.standard_error is not None and self.mean > CLEAR * self.standard_error
+
+    def __str__(self) -> str:
+        scatter = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.mean:+.4f}{scatter}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,15 @@ def measure_losses(
     *,
     by_linear: bool,
 ) -> LossReport:
-    """The contributions of ``layers``, ``kinds`` and, if asked for, of each of ``linears``."""
+    """The contributions of ``layers``, ``kinds`` and, if asked for, of each of ``linears``.
+
+    Raises ``ValueError`` if a loss is NaN or infinite, with none or with all of them in 4 bits.
+    """
     clean, quantized = meter.losses(set()), meter.losses(set(linears))
+    for losses, state in ((clean, "in 16 bits"), (quantized, "with every linear in 4 bits")):
+        if not bool(losses.isfinite().all()):
+            at = int((~losses.isfinite()).nonzero()[0])
+            raise ValueError(f"the loss of text {at + 1} is {float(losses[at])} {state}")
     alone = linears if by_linear else ()
     units: list[tuple[Any, set[str]]] = [
         *((path, {path}) for path in alone),
@@ -130,7 +152,7 @@ def measure_losses(
 
 def _mean(differences: Tensor) -> Contribution:
     n = len(differences)
-    spread = float(differences.std()) / n**0.5 if n > 1 else float("nan")
+    spread = float(differences.std()) / n**0.5 if n > 1 else None
     return Contribution(float(differences.mean()), spread)
 
 

@@ -108,12 +108,17 @@ class RowErrors:
         self._signal = self._error = self._largest = 0.0
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
-        """Compare two tensors [..., K] of one shape, any floating dtype."""
+        """Compare two tensors [..., K] of one shape, any floating dtype.
+
+        Raises ``ValueError`` for NaN or Inf, of which nothing can be said.
+        """
         x = exact.detach().reshape(-1, exact.shape[-1]).float()
         y = approximate.detach().reshape(-1, exact.shape[-1]).float()
         signal = x.square().sum(-1, dtype=torch.float64)
         error = (x - y).square().sum(-1, dtype=torch.float64)
         other = y.square().sum(-1, dtype=torch.float64)
+        if wrong := int((~(signal.isfinite() & error.isfinite())).sum()):
+            raise ValueError(f"there is NaN or Inf in {wrong} of {len(signal)} rows")
         kept = signal > 0
         signal, error, other = signal[kept], error[kept], other[kept]
         cosine = (x * y).sum(-1, dtype=torch.float64)[kept] / (signal * other).sqrt()

@@ -79,7 +79,7 @@ class Thresholds:
             ("relative_error", "relative error", self.relative_error),
         ):
             if metrics[key] > limit:
-                found.append(f"{name} {metrics[key]:.1%} is above {limit:.0%}")
+                found.append(f"{name} {metrics[key]:.1%} is above {100 * limit:g}%")
         return found
 
 
@@ -104,10 +104,11 @@ def published_scan(
         thresholds: default, the published ones.
 
     Raises:
-        ValueError: no texts, a recipe that quantises nothing, or a profile that needs a calibrated
-            tensor scale for activations (the published program had none).
+        ValueError: no texts, one that is longer than the model's context, a recipe that quantises
+            nothing or rotates, a profile that needs a calibrated tensor scale for activations (the
+            published program had none), or NaN or Inf in a weight or a hidden state.
     """
-    check_texts(texts)
+    check_texts(texts, model)
     _check_recipe(recipe)
     limits = thresholds or Thresholds()
     layers = decoder_layers(model, [p.path for p in plan_linears(model, recipe) if p.quantized])
@@ -156,6 +157,11 @@ def published_scan(
 def _check_recipe(recipe: Recipe) -> None:
     if recipe.injection_point == "none":
         raise ValueError("injection_point none measures nothing; use both, input, output or weight")
+    if recipe.rotates:
+        raise ValueError(
+            "the published method measures hidden states, which quant.rotation does not change; "
+            "use --method linears"
+        )
     activations = recipe.quantizes_input or recipe.quantizes_output
     if activations and get_profile(recipe.activation_profile).tensor_scale:
         raise ValueError(
@@ -193,6 +199,7 @@ def _stream_metrics(
     seen: dict[int, list[dict[str, float]]] = {index: [] for index in layers}
 
     def see(index: int, hidden: Tensor) -> None:
+        _check_finite(hidden, f"the hidden state behind layer {index}")
         image = fake_quant(hidden, recipe.activation_profile)
         seen[index].append(layer_metrics(hidden, image))
 
@@ -215,10 +222,18 @@ def _weight_metrics(
         if planned.quantized and index is not None:
             weight = model.get_submodule(planned.path).weight
             assert isinstance(weight, Tensor)
+            _check_finite(weight, f"{planned.path}.weight")
             rows[index].append(
                 layer_metrics(weight, fake_quant(weight, recipe.weight_profile, axis))
             )
     return {index: _mean_metrics(metrics) for index, metrics in rows.items()}
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"{what} holds NaN or Inf: the checkpoint is damaged, or these texts overflow it"
+        )
 
 
 def _mean_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:

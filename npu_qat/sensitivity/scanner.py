@@ -12,7 +12,8 @@ decoder layer with everything quantised (``depth.py``), and the loss (``loss.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,10 +128,11 @@ def scan(
         progress: called as it goes on.
 
     Raises:
-        ValueError: no texts, an unknown ``loss``, or a recipe that does not fit the model.
+        ValueError: no texts, one that is longer than the model's context, an unknown ``loss``, a
+            recipe that does not fit the model, or NaN or Inf in what the model computes.
         AuditError: a quantised layer computed something else than the reference arithmetic.
     """
-    check_texts(texts)
+    check_texts(texts, model)
     if loss not in LOSS_UNITS:
         raise ValueError(f"loss is one of {', '.join(LOSS_UNITS)}, not {loss!r}")
     recipe = recipe.model_copy(update={"apply_during": "both", "lora_input": "full"})
@@ -216,11 +218,15 @@ class _Scanner:
             y: Tensor = self.twins[path](x)
             return y
 
+        def compare(index: int, state: Tensor) -> None:
+            with _about(f"the hidden state behind layer {index}"):
+                drift[index].add(hidden[index], state)
+
         for done, text in enumerate(self.texts):
             with watch_outputs(self.layers, hidden.__setitem__), LinearTap(self.linears, measure):
                 self._forward(text)
             with (
-                watch_outputs(self.layers, lambda i, h: drift[i].add(hidden[i], h)),
+                watch_outputs(self.layers, compare),
                 LinearTap(self.linears, quantized),
             ):
                 self._forward(text)
@@ -231,7 +237,11 @@ class _Scanner:
             for planned in self.handle.plan
             if planned.path in meters
         ]
-        return linears, {index: errors.summary() for index, errors in drift.items()}
+        accumulated = {}
+        for index, errors in drift.items():
+            with _about(f"the hidden state behind layer {index}"):
+                accumulated[index] = errors.summary()
+        return linears, accumulated
 
     def _check_all_ran(self, meters: dict[str, _LinearMeter]) -> None:
         silent = [path for path, meter in meters.items() if not meter.calls]
@@ -269,27 +279,35 @@ class _LinearMeter:
         """``x`` [..., K] and the 16-bit result ``y`` [..., N]."""
         recipe = self._recipe
         self.calls += 1
+        for tensor, name in ((x, "input"), (y, "result")):
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"the {name} of {self._twin.path} holds NaN or Inf in the 16-bit model: its "
+                    "checkpoint is damaged, or these texts overflow it"
+                )
         if recipe.quantizes_input:
             rotated = rotate_input(x) if recipe.rotates else x
             scale = getattr(self._twin, "input_tensor_scale", None)
             self._input.add(rotated, _codes(rotated, recipe.activation_profile, scale))
         approximate = self._twin(x)
-        self._output.add(y, approximate)
+        with _about(f"the 4-bit result of {self._twin.path}"):
+            self._output.add(y, approximate)
         if recipe.quantizes_output:
             self._rounding.add(y, _codes(y, recipe.activation_profile))
 
     def finish(self, linear: nn.Linear, layer: int | None, mode: str) -> LinearScan:
         recipe = self._recipe
-        return LinearScan(
-            path=self._twin.path,
-            layer=layer,
-            kind=kind_of(self._twin.path),
-            mode=mode,
-            weight=self._weight(linear) if recipe.quantizes_weight else None,
-            input=self._input.summary() if recipe.quantizes_input else None,
-            output=self._output.summary(),
-            output_rounding=self._rounding.summary() if recipe.quantizes_output else None,
-        )
+        with _about(f"{self._twin.path} (quant.exclude can leave it out)"):
+            return LinearScan(
+                path=self._twin.path,
+                layer=layer,
+                kind=kind_of(self._twin.path),
+                mode=mode,
+                weight=self._weight(linear) if recipe.quantizes_weight else None,
+                input=self._input.summary() if recipe.quantizes_input else None,
+                output=self._output.summary(),
+                output_rounding=self._rounding.summary() if recipe.quantizes_output else None,
+            )
 
     def _weight(self, linear: nn.Linear) -> QuantizationSummary:
         weight = linear.weight.detach()
@@ -301,6 +319,15 @@ class _LinearMeter:
             weight, _codes(weight, self._recipe.weight_profile, scale, self._twin.weight_axis)
         )
         return errors.summary()
+
+
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Name what an error inside is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def kind_of(path: str) -> str:

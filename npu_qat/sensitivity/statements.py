@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from npu_qat.sensitivity.loss import LossReport
 from npu_qat.sensitivity.scanner import LinearScan, Scan
 
-NORM_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+NORM_READERS = (
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    *("qkv_proj", "gate_up_proj"),  # the same in one, as Phi-3 has them
+)
 """Linears that read a norm's output: a channel of theirs is a channel of the hidden state."""
-
-CLEAR = 2.0
-"""Standard errors above which a loss contribution is called clear."""
 
 _DOMINATED = 0.5
 
@@ -31,11 +31,9 @@ def statements(scan: Scan) -> list[str]:
 
 def _significance(loss: LossReport) -> str:
     """How many linears clearly add to the loss; all and none are said plainly."""
-    clear = [
-        path
-        for path, c in loss.linears.items()
-        if c.one_at_a_time.mean > CLEAR * c.one_at_a_time.standard_error
-    ]
+    if loss.gap.standard_error is None:
+        return "One text has no standard error: what adds to the loss here may be chance."
+    clear = [path for path, c in loss.linears.items() if c.one_at_a_time.clear]
     total = len(loss.linears)
     rule = "alone, by more than two standard errors"
     if not clear:
@@ -48,10 +46,7 @@ def _significance(loss: LossReport) -> str:
 
 def _additivity(loss: LossReport) -> str:
     alone = sum(c.one_at_a_time.mean for c in loss.linears.values())
-    return (
-        f"One at a time the linears add {alone:+.4f} nats a token, together {loss.gap.mean:+.4f} "
-        f"± {loss.gap.standard_error:.4f}."
-    )
+    return f"One at a time the linears add {alone:+.4f} nats a token, together {loss.gap}."
 
 
 def _outliers(linears: Sequence[LinearScan]) -> list[str]:
@@ -68,9 +63,13 @@ def _outliers(linears: Sequence[LinearScan]) -> list[str]:
     layers = sorted({s.layer for s, _ in hits if s.layer is not None})
     return [
         f"Channel {channel} of the hidden state is an outlier in {len(hits)} of the {len(readers)} "
-        f"linears that read a norm (layers {', '.join(map(str, layers))}), up to "
+        f"linears that read a norm ({_layers(layers)}), up to "
         f"{max(ratio for _, ratio in hits):.0f} times the median channel."
     ]
+
+
+def _layers(indices: Sequence[int]) -> str:
+    return f"layer{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
 
 
 def _dominated(linears: Sequence[LinearScan]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,17 @@ class Text:
         return [*self.prompt, *self.completion]
 
 
-def check_texts(texts: Sequence[Text]) -> None:
-    """Raises ``ValueError`` if there is nothing to scan with."""
+def check_texts(texts: Sequence[Text], model: Any) -> None:
+    """Raises ``ValueError`` if there is nothing to scan ``model`` with, or more than it can read.
+
+    Positions that a model was never trained for have errors that no user of it will meet.
+    """
     if not texts:
         raise ValueError("a scan needs at least one text")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for number, text in enumerate(texts, start=1):
+        if limit is not None and len(text.tokens) > limit:
+            raise ValueError(
+                f"text {number} has {len(text.tokens):,} tokens and this model's context is "
+                f"{limit:,} (max_position_embeddings): shorten it"
+            )

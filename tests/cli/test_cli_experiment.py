@@ -45,7 +45,11 @@ def test_a_dry_run_says_what_is_done_and_what_is_left(
         (["run", "smoke", "--arms", "w4a5"], "there is no arm 'w4a5'"),
         (["run", "smoke", "--model", "demo"], "expected NAME=PATH"),
         (["run", "smoke", "--set", "train.stepz=3"], "stepz"),
+        (["run", "smoke", "--arms", ""], "there is no arm ''"),
+        (["run", "smoke", "--seeds", "x"], "no arm has the seed 'x'; seeds: 0, 1"),
+        (["run", "smoke", "--seeds", "0,7"], "no arm has the seed '7'"),
         (["pages", "nowhere"], "no such folder"),
+        (["report", "smoke", "--results", "nowhere"], "npu-qat experiment run smoke"),
     ],
 )
 def test_mistakes_are_explained(
@@ -62,6 +66,17 @@ def test_a_report_is_written_beside_the_results(tmp_path: Path) -> None:
     assert main([*words, "--results", str(tmp_path / "mine" / "results")]) == 0
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert {"report.md", "report.html", "report.json", "rows.svg", "curves.svg"} <= names
+    assert "[results](results)" in (tmp_path / "mine" / "report.md").read_text()
+    away = tmp_path / "away"
+    main([*words, "--results", str(tmp_path / "mine" / "results"), "--output", str(away)])
+    assert "(../mine/results)" in (away / "report.md").read_text()
+
+
+def test_a_time_limit_is_more_than_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("0", "-5", "nan"):
+        with pytest.raises(SystemExit):
+            main(["experiment", "run", "smoke", "--time-limit", text])
+        assert "is not more than 0" in said(capsys)
 
 
 def test_pages_that_are_out_of_date_fail_the_check(

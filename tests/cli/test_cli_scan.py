@@ -170,16 +170,34 @@ def test_the_plans_command_works(
     assert main([*words, "--injection_point", "both", "--output", str(target)]) == 0
     found = read(target)
     assert (tmp_path / "w4a4_srdd_results-noise-variable.yaml").exists()
+    assert (tmp_path / "w4a4_srdd_results.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "w4a4_srdd_results.html").read_text()
     if method == "linears":
         profile = {"mxfp4": "ascend950", "nvfp4": "nvfp4"}[quant_type]
         assert found["recipe"]["activation_profile"] == profile
-        assert (tmp_path / "w4a4_srdd_results.html").exists()
         return
+    assert "3 of 3 layers flagged" in page and found["statement"].partition("(")[0] in page
+    for row in found["report"]["per_layer"]:
+        assert f">{row['sqnr_db']:.1f}</td>" in page
+        assert f">{100 * row['relative_error']:.1f}</td>" in page
+    assert "experiment plan, section 3.1" in page and "<script" not in page
     assert found["config"]["quant_type"] == quant_type
     assert (
         found["config"]["profile"] == {"mxfp4": "fork-mxfp4", "nvfp4": "fork-nvfp4-row"}[quant_type]
     )
     assert "All 3 layers are flagged" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_another_model_has_not_the_presets_revision() -> None:
+    from npu_qat.cli import build_parser
+    from npu_qat.cli.scan import _load
+
+    words = ["scan", "--preset", "log-e13h"]
+    parse = build_parser().parse_args
+    assert _load(parse(words)).config.model.revision
+    other = [*words, "--model_path", "m"]
+    assert _load(parse(other)).config.model.revision is None
+    assert _load(parse([*other, "--set", "model.revision=v1"])).config.model.revision == "v1"
 
 
 def test_thresholds_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,11 +228,12 @@ def test_the_choices_are_those_of_the_room() -> None:
     [
         ("texts.jsonl", '{"prompt": "Tom has 3 apples.", "completion": "3+1=4"}\n\n' * 3),
         ("texts.txt", "Tom has 3 apples.\n\nAnn has 4 pens.\n"),
+        ("line.jsonl", '{"prompt": "Tom has\u2028 3.", "completion": "3+1=4"}\n' * 2),
     ],
 )
 def test_prompts_come_from_a_file(name: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / name
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     words = ["scan", "--prompts", str(file), "--num_prompts", "2", "--loss", "none"]
     assert main([*words, "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
     found = read(tmp_path / "out" / "scan.json")
@@ -231,6 +250,11 @@ def test_prompts_come_from_a_file(name: str, text: str, tmp_path: Path) -> None:
         (["--num_prompts", "0"], "must be 1 or more"),
         (["--quant_type", "mxfp4", "--set", "quant.weight_profile=ocp"], "sets both profiles"),
         (["--score", "loss", "--loss", "none", "--num_prompts", "1"], "needs a scan with loss"),
+        (["--score", "input", "--injection_point", "weight"], "needs a quantised input"),
+        (["--method", "published", "--loss", "layer"], "--loss goes with --method linears"),
+        (["--method", "published", "--score", "loss"], "--score goes with --method linears"),
+        (["--method", "published", "--sqnr_threshold", "nan"], "must be a number of 0 or more"),
+        (["--output", "bad.jsonl", "--num_prompts", "1"], "no folder that can be written to"),
     ],
 )
 def test_mistakes_are_explained(
@@ -243,6 +267,7 @@ def test_mistakes_are_explained(
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"question": "1"}')
     Path("empty.txt").write_text("\n\n")
+    monkeypatch.setattr("npu_qat.sensitivity.scanner.scan", None)  # all of it before a scan
     assert main(["scan", "--device", "cpu", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err

@@ -183,7 +183,8 @@ def test_the_multipliers_are_the_documents() -> None:
 @pytest.mark.parametrize(
     ("written", "name"),
     [("e6a", "log-e6a"), ("E6b", "log-e6b"), ("e7a", "log-e7a"), ("E12", "log-e12"),
-     ("e13h", "log-e13h"), ("e13a-mxfp4", "log-e13a-mxfp4"), ("e13i", "e13i")],
+     ("e13h", "log-e13h"), ("e13a-mxfp4", "log-e13a-mxfp4"), ("e13i", "e13i"),
+     ("E13a-nvfp4", "log-e13a"), ("log-e13g-nvfp4", "log-e13g")],
 )  # fmt: skip
 def test_a_bare_id_of_one_run_is_enough(written: str, name: str) -> None:
     loaded = load_run(preset=written)

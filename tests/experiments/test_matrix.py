@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from npu_qat.config import ConfigError, Override
+from npu_qat.config import ConfigError, Override, parse_overrides
 from npu_qat.experiments import matrix_store
 from npu_qat.experiments.matrix import (
     cells,
@@ -78,6 +78,9 @@ def test_a_digest_outlives_a_new_key_with_its_default(tmp_path: Path) -> None:
         (("train.lr: 1e-4", "train.learning_rate: 1e-4"), "learning_rate"),
         (("title: Start,", "title: Start, titel: x,"), "titel"),
         (("seeds: [0, 1, 2]", "seeds: [0, 1, 2]\ncurve_arms: [plain, lost]"), "no arm 'lost'"),
+        (("seeds: [0, 1, 2]", "seeds: [0, 1, 0]"), "one or more different numbers"),
+        (("seeds: [0], priority", "seeds: [], priority"), "arm 'late': seeds"),
+        (("{train.lr: 1e-4}", "{run.seed: 4}"), "use 'seeds:'"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(
@@ -87,6 +90,18 @@ def test_a_mistake_in_the_file_is_named(
     assert text != TEXT
     with pytest.raises(ConfigError, match=message):
         cells(write_matrix(tmp_path, text))
+
+
+def test_no_override_makes_all_seeds_one(tmp_path: Path) -> None:
+    overrides = parse_overrides(["run.seed=5"])
+    with pytest.raises(ConfigError, match=r"--set run\.seed=5: each cell has a seed of its own"):
+        cells(write_matrix(tmp_path), overrides=overrides)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: cannot be read"):
+        load_matrix(tmp_path / "bad.yaml")
 
 
 def test_models_are_found_by_name_and_placed_from_outside(tmp_path: Path) -> None:
@@ -179,9 +194,10 @@ def test_results_of_another_matrix_are_told_apart(tmp_path: Path) -> None:
 def test_a_damaged_result_is_an_error_that_names_it(tmp_path: Path) -> None:
     cell = cells(write_matrix(tmp_path))[2]
     path = Store(tmp_path / "results").add(cell, record(cell, {}))
-    path.write_text("{")
-    with pytest.raises(ValueError, match=path.name):
-        Store(tmp_path / "results").result(cell)
+    for damage in (b"", b"{", b"[]", b"null", b'{"format": 1}', b"\xff\xfe"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{path.name}.*delete it"):
+            Store(tmp_path / "results").result(cell)
 
 
 def test_outcomes_survive_packing() -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import sys
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from npu_qat.experiments.matrix import cells
-from npu_qat.experiments.matrix_run import Workplace, make_slots, run_cells
+from npu_qat.experiments import matrix_run
+from npu_qat.experiments.matrix import Cell, cells
+from npu_qat.experiments.matrix_run import Workplace, make_slots, run_cells, serve_cells
 from npu_qat.experiments.matrix_store import Store, code_digest
-from tests.experiments.matrices import write_matrix
+from tests.experiments.matrices import record, write_matrix
 
 # Answers "done" to every cell, after what the first argument says to do.
 WORKER = """
@@ -22,6 +29,9 @@ for line in sys.stdin:
     name = line.strip()
     if name.startswith("noisy"):
         os._exit(9)
+    if name.startswith("late") and os.environ.get("DEAF"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
     if name.startswith("late"):
         def stop(*_):
             print('@cell {"status": "stopped"}', flush=True)
@@ -68,6 +78,19 @@ def test_a_worker_lives_for_many_cells(tmp_path: Path, workplace: Workplace) -> 
     assert len(lines) == 4 and len({line.split()[0] for line in lines}) <= 2
 
 
+def test_a_worker_that_failed_does_no_other_cell(tmp_path: Path, workplace: Workplace) -> None:
+    """What broke it (a CUDA context, a taken port) would break every cell that is left."""
+    chosen = [c for c in cells(write_matrix(tmp_path)) if c.arm.name in ("plain", "bf16")]
+    one = Workplace(workplace.command, workplace.runs, [{}])
+    progress = run_cells(chosen, Store(tmp_path / "results"), one, lambda text: None)
+    assert len(progress.failed) == len(progress.done) == 3
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    after_failure = [
+        now[0] != before[0] for before, now in pairwise(lines) if before[2].startswith("plain")
+    ]
+    assert len(after_failure) >= 2 and all(after_failure)
+
+
 def test_a_time_limit_stops_what_runs_and_starts_nothing_else(
     tmp_path: Path, workplace: Workplace
 ) -> None:
@@ -79,7 +102,7 @@ def test_a_time_limit_stops_what_runs_and_starts_nothing_else(
     )
     assert time.monotonic() - started < 20
     assert (progress.stopped, progress.not_started) == (["late--s0"], ["start--s0"])
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_a_cell_that_would_not_end_in_time_makes_room_for_a_shorter_one(
@@ -143,6 +166,78 @@ def test_where_everything_fails_the_rest_is_spared(tmp_path: Path, workplace: Wo
     one = Workplace(workplace.command, workplace.runs, [{}])
     progress = run_cells(chosen, Store(tmp_path / "results"), one, lambda text: None)
     assert len(progress.failed) == 4 and len(progress.not_started) == 5
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_ctrl_c_stops_the_cells_and_says_so(
+    tmp_path: Path, workplace: Workplace, monkeypatch: pytest.MonkeyPatch, deaf: bool
+) -> None:
+    """A second Ctrl-C ends a worker that does not listen."""
+    chosen = [c for c in cells(write_matrix(tmp_path)) if c.arm.name in ("late", "start")][::-1]
+    one = Workplace(workplace.command, workplace.runs, [{"DEAF": "1"} if deaf else {}])
+    said: list[str] = []
+    for after in (2.0, 3.0) if deaf else (2.0,):
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    progress = run_cells(chosen, Store(tmp_path / "results"), one, said.append)
+    assert (progress.stopped, progress.not_started) == (["late--s0"], ["start--s0"])
+    assert any(line.startswith("stopping") for line in said)
+    assert any("late--s0: stopped" in line for line in said)
+    assert time.monotonic() - started < 15
+    killers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in killers)  # else the program lingers
+
+
+def test_results_that_cannot_be_written_are_an_error_before_any_work(
+    tmp_path: Path, workplace: Workplace
+) -> None:
+    (tmp_path / "results").write_text("a file")
+    chosen = cells(write_matrix(tmp_path))[:1]
+    with pytest.raises(OSError, match="results cannot be written to"):
+        run_cells(chosen, Store(tmp_path / "results"), workplace, print)
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_an_error(
+    tmp_path: Path, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Store, cell: object, record: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "add", full)
+    chosen = [c for c in cells(write_matrix(tmp_path)) if c.arm.name == "noisy"]
+    with pytest.raises(OSError, match="No space left"):
+        run_cells(chosen, Store(tmp_path / "results"), workplace, lambda text: None)
+
+
+def test_a_cell_of_another_process_is_left_to_it_and_its_result_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs share a folder: what one is at, or has done, is no failure of the other."""
+    matrix = write_matrix(tmp_path)
+    chosen = [c for c in cells(matrix) if c.arm.name in ("start", "bf16")][:3]
+    busy, done, free = chosen
+    store, runs = Store(tmp_path / "results"), tmp_path / "runs"
+    store.add(done, record(done, {done.arm.name: 50}))
+    made: list[str] = []
+
+    def carry_out(cell: Cell, run_dir: Path, console: object) -> dict[str, Any]:
+        made.append(cell.id)
+        assert matrix_run._run_folder(runs, cell).is_dir()
+        return record(cell, {cell.arm.name: 50})
+
+    monkeypatch.setattr("npu_qat.experiments.matrix_cell.run_cell", carry_out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{c.id}\n" for c in chosen)))
+    with matrix_run._claimed(matrix_run._run_folder(runs, busy)) as ours:
+        assert ours and serve_cells(chosen, store, runs) == 0
+    answers = [
+        json.loads(line.removeprefix("@cell "))
+        for line in capsys.readouterr().out.split("\n")
+        if line
+    ]
+    assert [a["status"] for a in answers] == ["elsewhere", "done", "done"]
+    assert made == [free.id] and store.result(busy) is None
+    assert not list(runs.iterdir())
 
 
 def test_slots_are_spread_over_devices() -> None:

@@ -43,6 +43,13 @@ def test_the_factor_is_that_of_the_exponential() -> None:
 def test_few_layers_decide_nothing() -> None:
     growth = fit_growth([0.2, 0.25, 0.28])
     assert growth.line is None and "3 layers are too few" in growth.statement
+    assert "1 layer is too few" in fit_growth([0.2]).statement
+
+
+def test_a_layer_without_error_has_no_exponential() -> None:
+    growth = fit_growth([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert growth.exponential is None and "too few" not in growth.statement
+    assert "no exponential can be fitted" in growth.statement
 
 
 def test_groups_without_layers_are_left_out() -> None:

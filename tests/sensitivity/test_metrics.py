@@ -88,6 +88,15 @@ def test_the_elementwise_error_is_marked_where_it_counts_dead_elements() -> None
     assert found.relative_error_misleading
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["exact", "approximate"])
+def test_nan_and_inf_are_an_error_and_no_row_that_is_left_out(wrong: float, place: str) -> None:
+    x, y = gaussian(4, 8), gaussian(4, 8, seed=1)
+    (x if place == "exact" else y)[2, 3] = wrong
+    with pytest.raises(ValueError, match="NaN or Inf in 1 of 4 rows"):
+        RowErrors().add(x, y)
+
+
 def test_outlier_channels_are_named() -> None:
     x = gaussian(64, 128)
     assert measured(x).outlier_channels == []

@@ -27,9 +27,10 @@ PER_LAYER = {"layer_id", *METRICS, "is_problematic", "issues"}
 def run(**changes: Any) -> dict[str, Any]:
     profile = changes.pop("profile", "fork-mxfp4")
     thresholds = changes.pop("thresholds", None)
+    model = changes.pop("model", None) or tiny()
     recipe = Recipe(weight_profile=profile, activation_profile=profile, **changes)
     return published_scan(
-        tiny(), texts(3), recipe, model_path="m", quant_type="mxfp4", thresholds=thresholds
+        model, texts(3), recipe, model_path="m", quant_type="mxfp4", thresholds=thresholds
     )
 
 
@@ -137,3 +138,19 @@ def test_what_the_published_method_cannot_do_is_an_error() -> None:
         run(injection_point="none")
     with pytest.raises(ValueError, match="fork-nvfp4-row"):
         run(profile="nvfp4")
+    with pytest.raises(ValueError, match="rotation does not change"):
+        run(rotation="hadamard32")
+    with pytest.raises(ValueError, match="tokens and this model's context is 9"):
+        run(model=tiny(max_position_embeddings=9))
+
+
+@pytest.mark.parametrize("point", ["input", "weight"])
+def test_a_damaged_model_is_an_error(point: str) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+    where = (
+        "hidden state behind layer 1" if point == "input" else r"layers\.1\.mlp\.down_proj\.weight"
+    )
+    with pytest.raises(ValueError, match=f"{where} holds NaN or Inf"):
+        run(injection_point=point, model=model)

@@ -134,6 +134,47 @@ def test_what_cannot_be_scanned_is_an_error(changes: dict[str, Any], message: st
         Text((1,), ())
 
 
+@pytest.mark.parametrize("loss", ["none", "linear"])
+def test_a_damaged_model_is_an_error_that_names_where_it_shows(loss: str) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"the input of model\.layers\.1\.self_attn\.q_proj holds NaN"
+    ):
+        quick(model, loss=loss)
+    head = tiny(tie_word_embeddings=False)
+    with torch.no_grad():
+        head.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="the loss of text 1 is nan in 16 bits"):
+        quick(head, loss="layer")
+
+
+def test_a_linear_of_zeros_is_named() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj \(quant\.exclude.*every row is zero"
+    ):
+        quick(model)
+
+
+def test_a_text_that_is_longer_than_the_context_is_an_error() -> None:
+    assert quick(tiny(max_position_embeddings=18)).texts == 3
+    with pytest.raises(ValueError, match="text 3 has 18 tokens and this model's context is 17"):
+        quick(tiny(max_position_embeddings=17))
+
+
+def test_one_text_has_no_standard_error_and_says_so() -> None:
+    found = scan(tiny(), texts(1), Recipe(), loss="linear")
+    assert found.loss is not None and found.loss.gap.standard_error is None
+    assert not any(c.one_at_a_time.clear for c in found.loss.linears.values())
+    said = " ".join(statements(found))
+    assert "One text has no standard error" in said and "±" not in said and "nan" not in said
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
 # What is measured ---------------------------------------------------------------------------------
 
 

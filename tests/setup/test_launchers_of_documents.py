@@ -71,6 +71,13 @@ def test_processes_and_the_documents_variables_are_passed_on() -> None:
     )
 
 
+def test_a_launcher_says_what_it_lacks() -> None:
+    done = run("launch.sh")
+    assert done.returncode == 2 and done.stderr.startswith("usage: launch.sh PRESET")
+    done = run("launch.sh", "log-e13h", PYTHON="no-such-python")
+    assert done.returncode == 2 and "set PYTHON" in done.stderr
+
+
 def test_the_scanner_by_its_name_runs_the_published_method(tmp_path: Path) -> None:
     target = tmp_path / "w4a4_srdd_results.json"
     words = ["--model_path", "demo", "--quant_type", "mxfp4", "--injection_point", "both"]
