@@ -47,7 +47,8 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> list[PlannedLinear]:
     Raises:
         ValueError: an exclude pattern or a target layer matches nothing (a misspelt exclusion
             quantises what it meant to protect), nothing is left to quantise, a tied weight would
-            be quantised, or the result would need a tensor scale of its own.
+            be quantised, experts would stay in 16 bits unasked, or the result would need a tensor
+            scale of its own.
     """
     output_profile = get_profile(recipe.activation_profile)
     if recipe.quantizes_output and output_profile.tensor_scale:
@@ -58,7 +59,15 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> list[PlannedLinear]:
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise")
-    _check_patterns(linears, recipe)
+    stacked = _stacked_weights(model)
+    _check_patterns([*linears, *stacked], recipe)
+    for path in stacked:
+        if _reason_to_leave(path, recipe) is None:
+            raise ValueError(
+                f"{path} holds the weights of several experts in one tensor; quantisation reaches "
+                "nn.Linear only, so most of the model would stay in 16 bits. If that is meant, add "
+                f"{path.split('.')[-2:][0]!r} to quant.exclude"
+            )
     tied = _tied_to_embeddings(model)
     plan = [_plan(path, linear, recipe) for path, linear in linears.items()]
     for planned in plan:
@@ -137,6 +146,18 @@ def multiplies_in_fp32(recipe: Recipe) -> bool:
     return any(get_profile(name).level0_block for name in used)
 
 
+def _stacked_weights(model: nn.Module) -> list[str]:
+    """Paths of several matrices in one tensor, as transformers 5 fuses the experts of a mixture.
+    Kernels of convolutions are none, nor is a table of positions [1, T, H]."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 and len(parameter) > 1
+    ]
+
+
 def _packed_bytes(linear: nn.Linear, recipe: Recipe) -> int:
     n, k = linear.out_features, linear.in_features
     rows, length = (n, k) if recipe.block_axis == "row" else (k, n)
@@ -145,8 +166,7 @@ def _packed_bytes(linear: nn.Linear, recipe: Recipe) -> int:
     return rows * ((length + 1) // 2 + -(-length // profile.block_size) + first_level)
 
 
-def _check_patterns(linears: Iterable[str], recipe: Recipe) -> None:
-    paths = list(linears)
+def _check_patterns(paths: list[str], recipe: Recipe) -> None:
     # The default exclusion names a module that some decoders do not have.
     for pattern in set(recipe.exclude) - {"lm_head"}:
         if not any(match_path(path, pattern) for path in paths):

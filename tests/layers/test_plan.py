@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from npu_qat.config import Recipe
 from npu_qat.layers import plan_linears, prepare_model
@@ -136,6 +137,29 @@ def test_a_parent_is_excluded_by_its_name_not_by_a_part_of_it() -> None:
 def test_a_pattern_that_matches_nothing_is_an_error(pattern: str) -> None:
     with pytest.raises(ValueError, match=rf"exclude: '{pattern}' matches no linear layer"):
         plan_linears(on_meta(), Recipe(exclude=("lm_head", pattern)))
+
+
+def test_fused_experts_do_not_stay_in_16_bits_unasked() -> None:
+    sizes = {"hidden_size": 64, "head_dim": 32, "vocab_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(moe_intermediate_size=32, num_experts=4, **sizes, **heads)
+        )
+    with pytest.raises(
+        ValueError, match=r"experts\.gate_up_proj.*'experts' to quant"
+    ):
+        plan_linears(model, Recipe())
+    plan = plan_linears(model, Recipe(exclude=("lm_head", "experts")))
+    assert quantized(plan) == {f"model.layers.0.self_attn.{n}" for n in NAMES[:4]}
+    assert not quantized(plan_linears(model, Recipe(injection_point="none")))
+
+
+def test_kernels_and_tables_are_no_experts() -> None:
+    model = on_meta()
+    model.patches = nn.Conv1d(4, 4, 3, device="meta")
+    model.positions = nn.Parameter(torch.empty(1, 8, 64, device="meta"))
+    assert len(plan_linears(model, Recipe())) == 2 * 7 + 1
 
 
 def test_target_layers_leave_all_others() -> None:
