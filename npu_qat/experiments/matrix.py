@@ -48,7 +48,7 @@ NOT_IN_DIGEST = {
     "model": {"path", "revision"},
     "task": {"path"},
     "train": {"checkpoint_every", "keep_checkpoints"},
-    "deepspeed": {"zero_stage", "overrides"},
+    "deepspeed": {"zero_stage"},
 }
 DIGITS = 12
 

@@ -58,6 +58,8 @@ def test_a_digest_knows_what_decides_and_nothing_else(tmp_path: Path) -> None:
     assert digest(TEXT, ("model.path", "y"), ("model.revision", "z")) == plain
     for what in (("train.lr", 1e-3), ("noise.sigma_start", 0.02), ("quant.rotation", "hadamard32")):
         assert digest(TEXT, what) != plain, what
+    how = {"communication_data_type": "fp16"}
+    assert digest(TEXT, ("deepspeed.overrides", how)) != plain
     assert len({cell.digest for cell in cells(matrix)}) == len(cells(matrix))
 
 
