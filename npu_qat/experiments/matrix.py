@@ -111,6 +111,7 @@ class Contrast(Section):
     answers: Topic = Field(
         "other", description="Topic on the page of answers; Holm's correction is made within it."
     )
+    headline: bool = Field(False, description="Told at the top of the page of answers, too.")
 
 
 class Matrix(Section):

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from npu_qat.experiments.matrix import load_matrix, matrix_path, shipped_matrices
 from npu_qat.experiments.matrix_report import (
+    GAIN_VERDICTS,
     ONE_SEED,
     ONE_SEED_ALONE,
     TOO_FEW,
     TOPICS,
+    VERDICTS,
     Analysis,
     Answer,
+    Table,
     _block_lines,
     analyse,
     answer_table,
@@ -95,10 +98,9 @@ def answers_page(analyses: list[Analysis]) -> str:
         # The first paragraph says what was run on what; the report's page has the rest.
         about = next(iter(found.matrix.about.splitlines()), "")
         lines += [f"- **[{found.matrix.title}]({found.matrix.name}/report.md).** {about}"]
-    lines += [""] if analyses else ["No results yet.", ""]
-    for number, topic in enumerate(_ASKED, start=1):
-        asked = f"{number}. {TOPICS[topic]}" if topic != "levers" else TOPICS[topic]
-        lines += [f"## {asked}", "", _ASKED[topic], ""]
+    lines += ["", *_in_short(analyses)] if analyses else ["No results yet.", ""]
+    for topic in _ASKED:
+        lines += [f"## {_heading(topic)}", "", _ASKED[topic], ""]
         for found in analyses:
             chosen = [a for a in found.answers if a.contrast.answers == topic]
             title = f"**{found.matrix.title}** ({found.scale.unit})"
@@ -110,12 +112,37 @@ def answers_page(analyses: list[Analysis]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _heading(topic: str) -> str:
+    number = list(_ASKED).index(topic) + 1
+    return TOPICS[topic] if topic == "levers" else f"{number}. {TOPICS[topic]}"
+
+
+def _in_short(analyses: list[Analysis]) -> list[str]:
+    """The headlines of all matrices in one table, question by question."""
+    head: list[str] = []
+    body = []
+    for topic in _ASKED:
+        asked = _heading(topic)
+        for found in analyses:
+            chosen = [
+                a for a in found.answers if a.contrast.answers == topic and a.contrast.headline
+            ]
+            table = answer_table(chosen, found.scale)
+            head = ["", "benchmark", *table.head]
+            for row in table.body:
+                body.append([asked, found.matrix.name, *row])
+                asked = ""  # said once
+    if not body:
+        return []
+    return ["## In short", "", *_block_lines(Table(head, body, left=3)), ""]
+
+
 def _in_words(answers: list[Answer], found: Analysis) -> str:
     """How many of the questions came out how."""
     words = [answer.words(found.scale) for answer in answers]
     kinds = (
-        "better",
-        "worse",
+        *VERDICTS,
+        *GAIN_VERDICTS,
         "no effect found",
         TOO_FEW,
         ONE_SEED,

@@ -43,6 +43,9 @@ from npu_qat.experiments.matrix_store import Store, unpack_outcomes
 LEVEL = 0.05
 # With fewer seeds the interval is so wide that to find nothing says nothing.
 ENOUGH_SEEDS = 3
+VERDICTS = ("better", "worse")
+# Of a difference of differences: the gain by something, here against there.
+GAIN_VERDICTS = ("larger", "smaller")
 TOO_FEW = "two seeds: too few to tell"
 ONE_SEED = "one seed: interval over problems, not tested"
 ONE_SEED_ALONE = "one seed: not tested"
@@ -162,7 +165,8 @@ class Answer:
             return ONE_SEED if self.low is not None else ONE_SEED_ALONE
         if self.p_holm >= LEVEL:
             return "no effect found" if len(self.seeds) >= ENOUGH_SEEDS else TOO_FEW
-        return "better" if scale.better(self.estimate) else "worse"
+        verdicts = GAIN_VERDICTS if self.contrast.answers == "difference" else VERDICTS
+        return verdicts[0] if scale.better(self.estimate) else verdicts[1]
 
 
 @dataclass

@@ -241,6 +241,20 @@ def test_a_page_that_was_edited_is_stale(tmp_path: Path) -> None:
     assert stale_pages(tmp_path) == [page]
 
 
+def test_headlines_stand_at_the_top_and_gains_are_larger_or_smaller(tmp_path: Path) -> None:
+    text = TEXT.replace("answers: aqn,", "answers: difference, headline: true,")
+    matrix = write_matrix(tmp_path, text)
+    for cell in cells(matrix):
+        if cell.arm.name in ("plain", "noisy"):
+            solved = 40 + cell.seed - (10 + cell.seed % 2 if cell.arm.name == "noisy" else 0)
+            Store(tmp_path / "r").add(cell, record(cell, {cell.arm.name: solved}))
+    page = answers_page([analyse(matrix, tmp_path / "r")])
+    short = page[page.index("## In short") : page.index("## 1.")]
+    (row,) = [line for line in short.splitlines() if "Noise?" in line]
+    assert row.startswith("| 5. Is the gain") and row.endswith("| smaller |")
+    assert "Training?" not in short
+
+
 def test_the_answers_page_asks_all_five_questions() -> None:
     page = answers_page([])
     assert page.count("\n## ") == 6 and "No results yet." in page
