@@ -146,9 +146,7 @@ def test_fused_experts_do_not_stay_in_16_bits_unasked() -> None:
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(moe_intermediate_size=32, num_experts=4, **sizes, **heads)
         )
-    with pytest.raises(
-        ValueError, match=r"experts\.gate_up_proj.*'experts' to quant"
-    ):
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj.*'experts' to quant"):
         plan_linears(model, Recipe())
     plan = plan_linears(model, Recipe(exclude=("lm_head", "experts")))
     assert quantized(plan) == {f"model.layers.0.self_attn.{n}" for n in NAMES[:4]}
