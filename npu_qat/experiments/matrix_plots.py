@@ -17,10 +17,10 @@ LABELS = 430  # room for the rows' names
 ROW = 24
 MARGIN = 30
 INK, LINE, MAIN = "#6b7785", "#9aa5b1", "#2f81c7"
-COLORS = (
-    *("#2f81c7", "#d1712b", "#3d9a5f", "#b3508f", "#8a6fd1", "#a08a1c", "#c04f4f", "#3c9aa8"),
-    *("#7a7a7a", "#5f7fbf", "#9f6a3a", "#5a9a35"),
-)
+# Told apart by eye; more lines than these are dashed.
+COLORS = ("#2f81c7", "#d1712b", "#3d9a5f", "#b3508f", "#a08a1c", "#c04f4f", "#3c9aa8", "#7a7a7a")
+# Letters that fit beside the rows and in a legend as wide as the plot.
+ROW_LETTERS, LEGEND_LETTERS = 56, 112
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def dot_plot(dots: Sequence[Dot], unit: str) -> str:
         y = MARGIN + ROW * i + ROW / 2
         fill = "none" if dot.hollow else MAIN
         parts += [
-            _text(LABELS - 14, y + 4, _cut(dot.label), "end"),
+            _text(LABELS - 14, y + 4, _cut(dot.label, ROW_LETTERS), "end"),
             _line(x(dot.low), y, x(dot.high), y, MAIN, 2),
             f'<circle cx="{x(dot.mean):.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{MAIN}" '
             f'stroke-width="1.5"/>',
@@ -62,14 +62,13 @@ def dot_plot(dots: Sequence[Dot], unit: str) -> str:
 def curve_plot(series: Mapping[str, Sequence[float]], unit: str) -> str:
     """Lines by step, from step 1, with a legend below."""
     plot, left = 340, 60
-    legend = -(-len(series) // 2)
-    height = plot + 2 * MARGIN + 18 * legend + 10
+    height = plot + 2 * MARGIN + 18 * len(series) + 10
     values = [value for line in series.values() for value in line]
     steps = max((len(line) for line in series.values()), default=1)
     ticks = _ticks(values)
     y = _axis(ticks, plot, MARGIN)
     x = _axis([1, max(steps, 2)], left, WIDTH - MARGIN)
-    parts = []
+    parts = [_text(left, MARGIN - 14, unit, "start")]
     for tick in ticks:
         parts += [
             _line(left, y(tick), WIDTH - MARGIN, y(tick), LINE, 0.5),
@@ -78,7 +77,7 @@ def curve_plot(series: Mapping[str, Sequence[float]], unit: str) -> str:
     shares = (0.25, 0.5, 0.75, 1.0) if steps > 4 else (1.0,)
     for step in sorted({1, *(round(steps * share) for share in shares)}):
         parts.append(_text(x(step), plot + 18, str(step), "middle"))
-    parts.append(_text((left + WIDTH) / 2, plot + 36, f"step ({unit})", "middle"))
+    parts.append(_text((left + WIDTH) / 2, plot + 36, "step", "middle"))
     for i, (label, line) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
         dash = "" if i < len(COLORS) else ' stroke-dasharray="5 3"'
@@ -86,11 +85,11 @@ def curve_plot(series: Mapping[str, Sequence[float]], unit: str) -> str:
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.4"{dash}/>'
         )
-        at_x, at_y = left + (i % 2) * (WIDTH - left) / 2, plot + 60 + 18 * (i // 2)
+        at = plot + 60 + 18 * i
         parts += [
-            f'<line x1="{at_x:.0f}" y1="{at_y - 4:.0f}" x2="{at_x + 22:.0f}" y2="{at_y - 4:.0f}" '
-            f'stroke="{color}" stroke-width="2"{dash}/>',
-            _text(at_x + 28, at_y, _cut(label), "start"),
+            f'<line x1="{left}" y1="{at - 4}" x2="{left + 22}" y2="{at - 4}" stroke="{color}" '
+            f'stroke-width="2"{dash}/>',
+            _text(left + 28, at, _cut(label, LEGEND_LETTERS), "start"),
         ]
     return _svg(height, parts)
 
@@ -117,8 +116,8 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def _cut(label: str) -> str:
-    return label if len(label) <= 62 else f"{label[:60]} ..."
+def _cut(label: str, letters: int) -> str:
+    return label if len(label) <= letters else f"{label[: letters - 4]} ..."
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float) -> str:
