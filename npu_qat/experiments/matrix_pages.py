@@ -7,6 +7,7 @@ them. A test makes them anew and compares, so that a page can say only what a fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from npu_qat.experiments.matrix import load_matrix, matrix_path, shipped_matrices
@@ -118,23 +119,27 @@ def _heading(topic: str) -> str:
 
 
 def _in_short(analyses: list[Analysis]) -> list[str]:
-    """The headlines of all matrices in one table, question by question."""
-    head: list[str] = []
-    body = []
+    """The headlines of all matrices, a table for each question; p-values are further down."""
+    lines: list[str] = []
     for topic in _ASKED:
-        asked = _heading(topic)
+        head: list[str] = []
+        body = []
         for found in analyses:
-            chosen = [
-                a for a in found.answers if a.contrast.answers == topic and a.contrast.headline
-            ]
-            table = answer_table(chosen, found.scale)
-            head = ["", "benchmark", *table.head]
-            for row in table.body:
-                body.append([asked, found.matrix.name, *row])
-                asked = ""  # said once
-    if not body:
-        return []
-    return ["## In short", "", *_block_lines(Table(head, body, left=3)), ""]
+            asked = [a for a in found.answers if a.contrast.answers == topic]
+            table = answer_table([a for a in asked if a.contrast.headline], found.scale)
+            head = ["benchmark", *_without_p(table.head)]
+            body += [[found.matrix.name, *_without_p(row)] for row in table.body]
+        if body:
+            lines += [f"**{_heading(topic)}**", "", *_block_lines(Table(head, body, left=2)), ""]
+    units = ", ".join(
+        f"{a.matrix.name} in {a.scale.unit}{'' if a.scale.better(1.0) else ' (less is better)'}"
+        for a in analyses
+    )
+    return ["## In short", "", f"Differences: {units}.", "", *lines] if lines else []
+
+
+def _without_p(row: Sequence[str]) -> list[str]:
+    return [*row[:-3], row[-1]]
 
 
 def _in_words(answers: list[Answer], found: Analysis) -> str:

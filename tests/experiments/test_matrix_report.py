@@ -251,7 +251,7 @@ def test_headlines_stand_at_the_top_and_gains_are_larger_or_smaller(tmp_path: Pa
     page = answers_page([analyse(matrix, tmp_path / "r")])
     short = page[page.index("## In short") : page.index("## 1.")]
     (row,) = [line for line in short.splitlines() if "Noise?" in line]
-    assert row.startswith("| 5. Is the gain") and row.endswith("| smaller |")
+    assert row.startswith("| small | Noise? | -1") and row.endswith("| 3 | smaller |")
     assert "Training?" not in short
 
 
