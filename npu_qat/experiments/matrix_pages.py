@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from npu_qat.experiments.matrix import load_matrix, matrix_path, shipped_matrices
-from npu_qat.experiments.matrix_report import (
+from npu_qat.experiments.matrix_analysis import (
     GAIN_VERDICTS,
     ONE_SEED,
     ONE_SEED_ALONE,
@@ -20,12 +20,9 @@ from npu_qat.experiments.matrix_report import (
     VERDICTS,
     Analysis,
     Answer,
-    Table,
-    _block_lines,
     analyse,
-    answer_table,
-    report_files,
 )
+from npu_qat.experiments.matrix_report import Table, answer_table, block_lines, report_files
 
 CELLS = "cells"
 ANSWERS = "answers.md"
@@ -109,7 +106,7 @@ def answers_page(analyses: list[Analysis]) -> str:
                 lines += [f"{title}: this matrix does not ask it.", ""]
                 continue
             lines += [f"{title}. {_in_words(chosen, found)}", ""]
-            lines += [*_block_lines(answer_table(chosen, found.scale)), ""]
+            lines += [*block_lines(answer_table(chosen, found.scale)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -130,7 +127,7 @@ def _in_short(analyses: list[Analysis]) -> list[str]:
             head = ["benchmark", *_without_p(table.head)]
             body += [[found.matrix.name, *_without_p(row)] for row in table.body]
         if body:
-            lines += [f"**{_heading(topic)}**", "", *_block_lines(Table(head, body, left=2)), ""]
+            lines += [f"**{_heading(topic)}**", "", *block_lines(Table(head, body, left=2)), ""]
     units = ", ".join(
         f"{a.matrix.name} in {a.scale.unit}{'' if a.scale.better(1.0) else ' (less is better)'}"
         for a in analyses

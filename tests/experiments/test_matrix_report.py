@@ -16,8 +16,9 @@ import pytest
 from npu_qat.evaluation.intervals import across_seeds, paired_difference
 from npu_qat.evaluation.significance import paired_t_test
 from npu_qat.experiments.matrix import Matrix, cells, load_matrix, matrix_path, shipped_matrices
+from npu_qat.experiments.matrix_analysis import Analysis, analyse
 from npu_qat.experiments.matrix_pages import answers_page, pages, stale_pages, write_pages
-from npu_qat.experiments.matrix_report import Analysis, analyse, as_json, report_files
+from npu_qat.experiments.matrix_report import as_json, report_files
 from npu_qat.experiments.matrix_store import Store, code_digest, unpack_outcomes
 from tests.experiments.matrices import TEXT, fill, record, write_matrix
 
