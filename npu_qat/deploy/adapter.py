@@ -14,6 +14,7 @@ and a fingerprint of the matrices beside the adapter, too, and the export repeat
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +30,30 @@ from npu_qat.deploy.core import Fingerprint
 ADAPTER_FOLDER = "adapter"
 BINDING = "npu_qat_base.json"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# Where the base lay: no part of what the adapter computes, and another on every machine.
-_PLACE = "base_model_name_or_path"
-# Features of PEFT that change what a linear computes beyond W + s B A.
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices")
+_PREFIX, _SUFFIX = "base_model.model.", ".weight"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Where the base lay, and who wrote the file: no part of what the adapter computes.
+_ASIDE = ("base_model_name_or_path", "revision", "peft_version")
+# Lists that PEFT holds as sets, and so writes in any order.
+_SETS = ("target_modules", "exclude_modules")
+# Features of PEFT that change what a linear computes beyond W + s B A, with one s.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+# Starts that take out of the base what the adapter begins with (PiSSA also as pissa_niter_N).
+_STARTS_IN_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 class AdapterMismatch(ValueError):
@@ -48,7 +68,7 @@ class Adapter:
         folder: where it came from.
         a, b: linear -> A [r, K] and B [N, r], as stored.
         scaling: linear -> s.
-        config: ``adapter_config.json`` without the base's place.
+        config: ``adapter_config.json`` without the base's place and PEFT's version.
     """
 
     folder: Path
@@ -89,13 +109,17 @@ class Adapter:
         return {"fingerprint": self.fingerprint(), "config": dict(self.config)}
 
     def changes(self, content: Mapping[str, Any]) -> list[str]:
-        """In words, how this adapter differs from the one with that ``content``."""
+        """In words, how this adapter differs from the one with that ``content``.
+
+        What is off is null, false or empty in one version of PEFT and not there in another: these
+        are the same.
+        """
         try:
             then, fingerprint = dict(content["config"]), content["fingerprint"]
         except (KeyError, TypeError, ValueError):
             return ["the description is damaged"]
-        now = self.config
-        changed = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key)]
+        now, keys = self.config, sorted({*self.config, *then}.difference(_ASIDE))
+        changed = [k for k in keys if (now.get(k) or None) != (then.get(k) or None)]
         if changed:
             # Shortened: a list of targets may name every linear.
             return [f"{k} is {brief(now.get(k))}, not {brief(then.get(k))}" for k in changed]
@@ -116,7 +140,7 @@ def read_adapter(folder: Path) -> Adapter:
     """The adapter in ``folder``.
 
     Raises:
-        ValueError: it is not there, is no plain LoRA, is incomplete, or holds NaN or Inf.
+        ValueError: it is not there, is no plain LoRA, is incomplete, damaged, or holds NaN or Inf.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -124,15 +148,27 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         config = json.loads((folder / _CONFIG).read_text("utf-8"))
         tensors = load_file(folder / _WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no readable adapter in PEFT's format: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} holds no readable adapter in PEFT's format ({_CONFIG} and {_WEIGHTS}): "
+            f"{error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/{_CONFIG} holds no settings; restore the file")
     _refuse_features(folder, config)
-    config.pop(_PLACE, None)
-    if isinstance(config.get("target_modules"), list):  # a set, which PEFT writes in any order
-        config["target_modules"].sort(key=str)
+    for name in _ASIDE:
+        config.pop(name, None)
+    for name in _SETS:
+        if isinstance(config.get(name), list):
+            config[name].sort(key=str)
     found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for name, tensor in tensors.items():
         path, part = _parse(folder, name)
+        if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{folder}: {name} holds {tensor.dtype} of shape {tuple(tensor.shape)}, no matrix "
+                "of bf16, fp16 or fp32"
+            )
         if not all_finite(tensor):
             raise ValueError(f"{folder}: {name} holds NaN or Inf; take an earlier checkpoint")
         found[part][path] = tensor
@@ -218,7 +254,7 @@ def read_binding(folder: Path) -> Binding:
     try:
         found = json.loads((folder / BINDING).read_text("utf-8"))
         return Binding(str(found["base_fingerprint"]), found.get("content"))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterMismatch(
             f"{folder} does not say which base it was trained on ({BINDING} is missing or "
             "damaged); export it again with npu-qat export"
@@ -254,23 +290,34 @@ def _refuse_features(folder: Path, config: Mapping[str, Any]) -> None:
         used.append("bias")
     if used:
         raise ValueError(f"{folder} uses {', '.join(used)}, which serving engines do not apply")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_STARTS_IN_THE_BASE):
+        raise ValueError(
+            f"{folder} began with init_lora_weights: {start}, which took out of the base what the "
+            "adapter began with, and engines do not. Convert it with PEFT: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _parse(folder: Path, name: str) -> tuple[str, str]:
-    path, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-    if not name.startswith(_PREFIX) or part not in ("lora_A", "lora_B"):
+    path, _, part = name.removeprefix(_PREFIX).removesuffix(_SUFFIX).rpartition(".")
+    whole = name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+    if not whole or part not in ("lora_A", "lora_B"):
         raise ValueError(f"{folder}/{_WEIGHTS}: {name} is no LoRA matrix of a linear")
     return path, part
 
 
 def _scaling(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (PEFT's ``LoraLayer``)."""
-    if config.get("alpha_pattern") or config.get("rank_pattern"):
-        raise ValueError(f"the adapter of {path} has rank or alpha patterns, which are not merged")
-    if config.get("r") != rank or "lora_alpha" not in config:
+    alpha = config.get("lora_alpha")
+    if config.get("r") != rank:
         raise ValueError(
-            f"{folder}/{_CONFIG} says r {config.get('r')} and lora_alpha "
-            f"{config.get('lora_alpha')}, by which engines scale, but the matrices of {path} have "
-            f"rank {rank}; restore the file"
+            f"{folder}/{_CONFIG} says r {config.get('r')} and lora_alpha {alpha}, by which engines "
+            f"scale, but the matrices of {path} have rank {rank}; restore the file"
         )
-    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(
+            f"{folder}/{_CONFIG} says lora_alpha {alpha!r}, by which engines scale: that is no "
+            "number; restore the file"
+        )
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

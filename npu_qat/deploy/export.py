@@ -17,7 +17,13 @@ from typing import Any
 
 from npu_qat.__about__ import __version__
 from npu_qat.config import Recipe
-from npu_qat.deploy.adapter import Adapter, bind_adapter, refuse_changed, refuse_other_base
+from npu_qat.deploy.adapter import (
+    BINDING,
+    Adapter,
+    bind_adapter,
+    refuse_changed,
+    refuse_other_base,
+)
 from npu_qat.deploy.ascend import AscendWriter
 from npu_qat.deploy.checksums import write_checksums
 from npu_qat.deploy.core import (
@@ -107,10 +113,8 @@ def export(
         _check_adapter(core, adapter)
     if used := adapter or core.merge:
         refuse_changed(used)
-    if trained is not None and core.merge is not None:
-        # The merged weights have a fingerprint of their own.
-        base = replace(core, merge=None)
-        _check_trained(fingerprint_of(base).hexdigest(input_scales=False), trained, core)
+    if core.merge is not None:
+        _check_merge(core, core.merge, trained)
         trained = None
     partial = _new_folder(output)
     try:
@@ -213,6 +217,18 @@ def _check_trained(found: str, trained: str, core: PackedCore) -> None:
             f"fingerprint {found[:16]}..., but the run's base has {trained[:16]}... Restore it, or "
             "export it without the run (--model)"
         )
+
+
+def _check_merge(core: PackedCore, merge: Adapter, trained: str | None) -> None:
+    """The merged weights have a fingerprint of their own: that of the base, if anything names one,
+    is made here."""
+    if trained is None and not (merge.folder / BINDING).exists():
+        return
+    base = fingerprint_of(replace(core, merge=None))
+    weights = base.hexdigest(input_scales=False)
+    if trained is not None:
+        _check_trained(weights, trained, core)
+    refuse_other_base(merge, base.hexdigest(), weights)
 
 
 def _check_activations(recipe: Recipe, writer: Writer, any_activations: bool) -> None:

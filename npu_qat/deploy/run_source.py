@@ -97,15 +97,15 @@ def trained_adapter(run_dir: Path) -> Path:
 
 
 def check_scale(adapter: Adapter, lora: LoraSection) -> None:
-    """Refuse the adapter of a run whose files have another rank or alpha than it trained with.
+    """Refuse the adapter of a run whose files have another rank or scale than it trained with.
 
     A run's adapter says so itself (``refuse_changed``); those of older runs do not.
 
     Raises:
         ValueError: they have.
     """
-    found = {"r": adapter.config["r"], "lora_alpha": adapter.config["lora_alpha"]}
-    trained = {"r": lora.r, "lora_alpha": lora.alpha}
+    trained = {"r": lora.r, "lora_alpha": lora.alpha, "use_rslora": False}
+    found = {key: adapter.config.get(key, False) for key in trained}
     if found != trained:
         raise ValueError(
             f"{adapter.folder}/adapter_config.json has {found}, but the run trained with {trained} "

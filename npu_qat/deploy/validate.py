@@ -645,11 +645,12 @@ def _adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Iterator[Find
     """An adapter that is gone, cannot be applied, or is not what is written down of it."""
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        exported = record["adapter_content"] if record["adapter"] == "beside" else None
+        beside = record["adapter"] == "beside"
+        exported = record.get("adapter_content") if beside else None  # earlier versions: none
     except (OSError, ValueError, KeyError, TypeError):
-        exported = None  # of another tool or an earlier version, or damaged: ``_fingerprint``
+        beside, exported = False, None  # of another tool, or damaged: ``_fingerprint``
     if not (folder / ADAPTER_FOLDER).exists():
-        if exported is not None:
+        if beside:
             yield Finding(ADAPTER_FOLDER, f"missing, but {RECORD} has one beside the base", AGAIN)
         return
     try:

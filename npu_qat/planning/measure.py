@@ -33,6 +33,7 @@ from typing import Any
 from npu_qat.planning.cases import Job, jobs
 
 GRACE_SECONDS = 25.0
+COUNTS = (1, 2, 4)
 
 
 def read_rows(path: Path | None) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def work(device: str, slot: int, rows: Path, deadline: float, earlier: Path | No
 
 def _groups(device: str, devices: int) -> Iterator[tuple[int, list[int]]]:
     """(processes of a group, slots) of each round."""
-    for processes in (1, 2, 4):
+    for processes in COUNTS:
         if processes <= devices:
             slots = range(1 if device == "cpu" else devices // processes)
             yield processes, [slot for slot in slots if jobs(device, processes, slot)]
@@ -141,13 +142,20 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    """Measure, and write one file: the machine and the rows."""
+    """Measure, and write one file: the machine and the rows.
+
+    Returns:
+        1 if nothing was measured, for no process could start; 2 if what was asked for is not
+        there; else 0.
+    """
     parser = argparse.ArgumentParser(
         prog="npu_qat.planning.measure", description="Measure what npu-qat plan predicts."
     )
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the result")
     parser.add_argument("--device", default="auto", help="npu, cuda or cpu; default: auto")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="1, 2 or 4 (1)")
+    parser.add_argument(
+        "--devices", type=int, choices=COUNTS, default=1, help="how many (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=150.0, help="time for all of it (150)")
     parser.add_argument(
         "--add", type=Path, metavar="FILE", help="an earlier result: measure the rest, keep both"
@@ -161,9 +169,12 @@ def main() -> int:
     from npu_qat.backends import select
     from npu_qat.experiments.environment import describe_environment
 
-    selection = select(args.device)
+    try:
+        selection = select(args.device)
+        earlier = read_rows(args.add)
+    except ValueError as error:
+        parser.error(str(error))
     device = selection.device.type
-    earlier = read_rows(args.add)
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         rows.touch()
@@ -183,7 +194,7 @@ def main() -> int:
                 encoding="utf-8",
             )
     print(f"{len(found)} rows: {args.json}")
-    return 0
+    return 0 if lines else 1
 
 
 if __name__ == "__main__":

@@ -130,19 +130,23 @@ def test_what_does_not_fit_together_is_refused(
 
 
 @pytest.mark.parametrize("choice", ["keep", "merge"])
-def test_another_alpha_than_the_run_trained_with_is_refused(
-    there: Path, choice: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("change", "told"), [({"lora_alpha": 16}, "'lora_alpha': 16"), ({"use_rslora": True}, "True")]
+)
+def test_another_scale_than_the_run_trained_with_is_refused(
+    there: Path,
+    choice: str,
+    change: dict[str, Any],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage_json(there / "adapters" / "w4a4", "adapter_config.json", doubled_alpha)
+    damage_json(there / "adapters" / "w4a4", "adapter_config.json", lambda c: c.update(change))
     words = ["--format", "ascend", "--adapter", choice, "--output", "out"]
     assert main(["export", "runs/mine", *words]) == 2
     said = capsys.readouterr().err
-    assert "{'r': 4, 'lora_alpha': 16}, but the run trained with {'r': 4, 'lora_alpha': 8}" in said
+    has, _, trained = said.partition("but the run trained with")
+    assert told in has and "{'r': 4, 'lora_alpha': 8, 'use_rslora': False}" in trained
     assert not Path("out").exists()
-
-
-def doubled_alpha(config: dict[str, Any]) -> None:
-    config["lora_alpha"] *= 2
 
 
 def test_a_run_without_an_adapter_says_what_to_do(

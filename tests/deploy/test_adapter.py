@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from npu_qat.deploy import (
     open_export,
     read_adapter,
 )
-from npu_qat.deploy.adapter import BINDING, write_binding
+from npu_qat.deploy.adapter import BINDING, read_binding, write_binding
 from npu_qat.deploy.export import export
 from npu_qat.numerics import fake_quant
 from tests.deploy.models import core_of, damage_json, save, save_adapter, tiny
@@ -69,9 +70,18 @@ def test_an_adapter_that_names_its_base_is_exported_with_no_other(tmp_path: Path
     right = export(core_of(source), AscendWriter(), tmp_path / "right").fingerprint
     write_binding(adapter, right)
     export(core_of(source), AscendWriter(), tmp_path / "bound", adapter=read_adapter(adapter))
-    other = core_of(source, Recipe(weight_profile="ascend950-mse"))
+    export(core_of(source, merge=read_adapter(adapter)), AscendWriter(), tmp_path / "merged")
+    recipe = Recipe(weight_profile="ascend950-mse")
     with pytest.raises(AdapterMismatch, match="was trained on another base"):
-        export(other, AscendWriter(), tmp_path / "other", adapter=read_adapter(adapter))
+        export(
+            core_of(source, recipe),
+            AscendWriter(),
+            tmp_path / "other",
+            adapter=read_adapter(adapter),
+        )
+    with pytest.raises(AdapterMismatch, match="was trained on another base"):
+        merging = core_of(source, recipe, merge=read_adapter(adapter))
+        export(merging, AscendWriter(), tmp_path / "other")
     assert not list(tmp_path.glob("other*"))
 
 
@@ -106,19 +116,29 @@ def test_what_an_earlier_version_wrote_beside_an_adapter_is_enough(tmp_path: Pat
     export(core_of(source), AscendWriter(), tmp_path / "served", adapter=read_adapter(folder))
 
 
-def test_where_the_base_lay_and_the_order_of_targets_are_no_part_of_an_adapter(
+def test_where_the_base_lay_who_wrote_it_and_in_which_order_is_no_part_of_an_adapter(
     tmp_path: Path,
 ) -> None:
+    """As another version of PEFT writes it that loads the adapter and saves it again."""
     folder = save_adapter(tmp_path / "lora")
+    excluded = {"exclude_modules": ["layers.0.k_proj", "layers.1.k_proj"]}
+    damage_json(folder, "adapter_config.json", lambda config: config.update(excluded))
     before = read_adapter(folder).content()
 
     def edit(config: dict[str, Any]) -> None:
         config["base_model_name_or_path"] = "elsewhere"
+        config["peft_version"] = "9.9"
         config["target_modules"].reverse()
+        config["exclude_modules"].reverse()
+        config |= {"use_what_comes": False, "what_comes_config": {}, "rank_pattern": None}
 
     damage_json(folder, "adapter_config.json", edit)
     assert read_adapter(folder).changes(before) == []
     assert str(tmp_path) not in json.dumps(before)
+    before["config"]["peft_version"] = "0.1"
+    assert read_adapter(folder).changes(before) == []
+    damage_json(folder, "adapter_config.json", lambda config: config.update(use_what_comes=True))
+    assert read_adapter(folder).changes(before) == ["use_what_comes is True, not None"]
 
 
 def test_the_update_is_the_one_that_peft_merges(tmp_path: Path) -> None:
@@ -182,8 +202,17 @@ def test_an_adapter_that_saw_quantised_inputs_is_refused(tmp_path: Path) -> None
         ({"peft_type": "IA3"}, "of type IA3"),
         ({"use_dora": True}, "uses use_dora"),
         ({"bias": "all"}, "uses bias"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank or alpha patterns"),
+        ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern, which serving engines do not apply"),
+        ({"alpha_pattern": {"q_proj": 8}}, "uses alpha_pattern"),
+        ({"alora_invocation_tokens": [3, 4]}, "uses alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication"),
+        ({"init_lora_weights": "pissa_niter_16"}, "began with init_lora_weights: pissa_niter_16"),
+        ({"init_lora_weights": "olora"}, "took out of the base what the adapter began with"),
         ({"r": 8}, "says r 8 and lora_alpha 8, by which engines scale, but the matrices of"),
+        ({"lora_alpha": None}, "lora_alpha None, by which engines scale: that is no number"),
+        ({"lora_alpha": [8]}, "that is no number"),
+        ({"lora_alpha": "8"}, "that is no number"),
+        ({"lora_alpha": float("nan")}, "that is no number"),
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(
@@ -210,3 +239,58 @@ def test_an_incomplete_or_damaged_adapter_is_refused(tmp_path: Path) -> None:
         read_adapter(folder)
     with pytest.raises(ValueError, match="holds no readable adapter"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_starts_that_leave_the_base_alone_are_taken(tmp_path: Path, start: Any) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    damage_json(folder, "adapter_config.json", lambda c: c.update(init_lora_weights=start))
+    assert read_adapter(folder).paths
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"x"', b"null", b"{", b"\xff\xfe{}"])
+def test_settings_that_are_none_are_named(tmp_path: Path, content: bytes) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder}.*adapter_config.json"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a[0],
+        lambda a: a[0, 0],
+        lambda a: a[None],
+        lambda a: a[:0],
+        lambda a: a.to(torch.float8_e4m3fn),
+        lambda a: a.to(torch.complex64),
+        lambda a: a.to(torch.int32),
+    ],
+)
+def test_what_is_no_matrix_of_floats_is_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    file, name = folder / "adapter_model.safetensors", f"base_model.model.{UP}.lora_A.weight"
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file)
+    with pytest.raises(ValueError, match=f"{name} holds .*, no matrix of"):
+        read_adapter(folder)
+
+
+def test_a_second_matrix_under_another_name_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    file, name = folder / "adapter_model.safetensors", f"base_model.model.{UP}.lora_A"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[f"{name}.weight"] * 3}, file)
+    with pytest.raises(ValueError, match="is no LoRA matrix of a linear"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"x"', b"", b"\xff\xfe{}"])
+def test_a_damaged_binding_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    (folder / BINDING).write_bytes(content)
+    with pytest.raises(AdapterMismatch, match=f"{BINDING} is missing or damaged"):
+        read_binding(folder)

@@ -564,10 +564,24 @@ def test_an_adapter_that_names_no_base_is_found(
 ) -> None:
     folder = good("ascend")
     bind_adapter(read_adapter(save_adapter(tmp_path / "adapter")), folder, "0" * 64)
-    (folder / "adapter" / "npu_qat_base.json").unlink()
+    (folder / "adapter" / BINDING).unlink()
     write_checksums(folder)
     finding = only(folder)
     assert finding.tensor == "adapter" and "does not say which base" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [(BINDING, "does not say which base"), ("adapter_config.json", "holds no readable adapter")],
+)
+def test_files_of_an_adapter_that_are_no_text_are_findings(
+    adapted: Path, tmp_path: Path, name: str, told: str
+) -> None:
+    folder = copy_of(adapted, tmp_path)
+    (folder / "adapter" / name).write_bytes(b"\xff\xfe{}")
+    write_checksums(folder)
+    finding = only(folder)
+    assert finding.tensor == "adapter" and told in finding.problem
 
 
 def test_an_adapter_of_another_shape_is_found(good: Callable[[str], Path], tmp_path: Path) -> None:
@@ -627,10 +641,12 @@ def test_other_matrices_of_the_adapter_are_found_even_under_new_checksums(
     assert "describes: its matrices are others" in only(folder).problem
 
 
+@pytest.mark.parametrize("earlier", [False, True])
 def test_an_adapter_that_is_gone_is_missed_even_under_new_checksums(
-    adapted: Path, tmp_path: Path
+    adapted: Path, tmp_path: Path, earlier: bool
 ) -> None:
     folder = copy_of(adapted, tmp_path)
+    forget(folder, {"npu_qat_export.json"} if earlier else set())
     shutil.rmtree(folder / "adapter")
     write_checksums(folder)
     finding = only(folder)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from npu_qat.backends import select
+from npu_qat.planning import measure
 from npu_qat.planning.cases import Decode, Job, Update, jobs
-from npu_qat.planning.measure import is_measured, read_rows
+from npu_qat.planning.measure import is_measured, main, read_rows
 from npu_qat.planning.model import known_models
 from npu_qat.planning.worker import MICRO_BATCHES, Worker, profiled_peak, update_batches
 from tests.planning.models import SMALL
@@ -83,6 +84,37 @@ def test_out_of_time_nothing_begins() -> None:
     worker = Worker(select("cpu", "reference"), time.time() - 1, rows.append)
     worker.run(Job("qwen2.5-0.5b", "image", updates=(Update(1, 8),)))
     assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--devices", "3"], "invalid choice: 3"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--device", "cpu", "--add", "nowhere.json"], "no result of this program"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measure", "--json", "rows.json", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_nothing_measured_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "measure", lambda *given: None)
+    words = ["measure", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert main() == 1
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == []
 
 
 @pytest.mark.slow
