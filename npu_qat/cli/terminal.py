@@ -21,12 +21,18 @@ _PLAIN_WIDTH = 120
 
 def rank() -> int:
     """This process's rank, as torchrun and the deepspeed launcher tell it; 0 without them."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes of this launch; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, alone: int) -> int:
+    """Of a launcher; ``alone`` also for what is none, which training refuses (``engine.py``)."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else alone
 
 
 def make_console() -> Console:

@@ -9,8 +9,8 @@ What this engine decides, and DeepSpeed does not:
   loss of each is scaled by the caller so that their sum over micro-batches and ranks is the loss
   of the update; a factor of the world size undoes DeepSpeed's average over ranks.
 * **Launch.** One plain process needs no launcher, no MPI, no port and no compiler: its group of one
-  meets in memory, and the CPU communication kernel that DeepSpeed would compile is left out (gloo
-  does the work).
+  meets at a port that the system gives, and the CPU communication kernel that DeepSpeed would
+  compile is left out (gloo does the work).
 
 Gradients are checked for NaN and Inf as they are made; an update with such a gradient never
 reaches the optimiser. With fp16 activations the loss is scaled for the backward pass and each
@@ -77,8 +77,8 @@ def launch_environment(device: torch.device) -> None:
     launcher's variables are incomplete.
 
     Respects the variables that torchrun and the deepspeed launcher set. Without them the process is
-    alone and its group meets in memory: there is no port to choose, and so none that another of
-    many processes that start at once may take first.
+    alone, and the system gives its group a port while it is opened: one that was found free before
+    may be another's by then, if many processes start at once.
     """
     os.environ["DS_ACCELERATOR"] = device.type  # the device was chosen, with a reason
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it later, too
@@ -101,23 +101,32 @@ def launch_environment(device: torch.device) -> None:
     if _is_launched():
         _meet()
     else:
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        store = torch.distributed.TCPStore("127.0.0.1", port=0, world_size=1, is_master=True)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     watch_peers()
     atexit.register(_leave)
 
 
 def _is_launched() -> bool:
-    """Whether a launcher started this process; it may have started no other."""
+    """Whether a launcher started this process; it may have started no other.
+
+    Raises ValueError if the variables say that there are others, but not how to meet them: each of
+    them would take itself for the only one, and write into the same folder.
+    """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing and os.environ.get("WORLD_SIZE", "1") != "1":
+    given = {name: os.environ[name] for name in needed if name in os.environ}
+    rank, count = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
+    numbers = (rank, count, given.get("MASTER_PORT", "0"))
+    sensible = all(text.isdecimal() for text in numbers) and int(rank) < int(count)
+    missing = [name for name in needed if name not in given]
+    if not sensible or (missing and count != "1"):
+        told = ", ".join(f"{name} is {value!r}" for name, value in given.items())
+        if missing:
+            told += f", but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not set: start the processes with torchrun or "
-            "the deepspeed launcher, or unset WORLD_SIZE for a single one"
+            f"{told}: start the processes with torchrun or the deepspeed launcher, or unset all "
+            "four for a single one"
         )
     return not missing
 

@@ -97,6 +97,15 @@ def test_help_fits_a_terminal_and_leaves_examples_whole(
     assert examples in (parser.epilog or "") + "\n"
 
 
+def test_launchers_variables_that_are_no_numbers_hide_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--version"])

@@ -64,8 +64,8 @@ def test_programs_started_from_here_are_not_taken_for_ranks() -> None:
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
 
 
-def test_a_single_process_meets_itself_without_a_port() -> None:
-    """Of forty that start at once, two would now and then take the same one for free."""
+def test_a_single_process_chooses_no_port() -> None:
+    """Of forty that start at once, two would now and then find the same one free."""
     code = """
 import torch
 from torch.distributed import rendezvous
@@ -90,6 +90,30 @@ def test_half_a_launchers_variables_are_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=r"MASTER_ADDR and MASTER_PORT are not set.*torchrun"):
+        _is_launched()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"RANK": "1"}, "RANK is '1', but WORLD_SIZE and"),
+        ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', but"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK is 'x'"),
+        ({"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is '1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "SIZE is '0'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "PORT is 'x'"),
+    ],
+)
+def test_one_of_several_never_takes_itself_for_the_only_one(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], told: str
+) -> None:
+    """Each would train all of it and write into the same folder, or wait for nobody."""
+    for name in RENDEZVOUS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{told}.*torchrun"):
         _is_launched()
 
 
