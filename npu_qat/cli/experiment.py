@@ -216,8 +216,17 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(waiting)} to do; code {code_digest()}; results in {results}",
         markup=False,
     )
-    if args.dry_run or not waiting:
+    if args.dry_run:
         return 0
+    expected = {cell.id for cell in chosen if cell.arm.expect == "refused"}
+    earlier = {id for id, what in state.items() if what == "failed"} - expected
+    if earlier and not args.retry_failed:
+        console.print(
+            f"left alone, since they failed earlier: {len(earlier)}; --retry-failed tries again",
+            markup=False,
+        )
+    if not waiting:
+        return FAILED if earlier else 0
     runs.mkdir(parents=True, exist_ok=True)
     devices = [text for text in args.devices.split(",") if text]
     slots = make_slots(min(args.jobs, len(waiting)), devices, args.device or "auto")
@@ -239,8 +248,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     if progress.stopped or progress.not_started or progress.elsewhere:
         return INTERRUPTED
-    expected = {cell.id for cell in waiting if cell.arm.expect == "refused"}
-    return FAILED if set(progress.failed) - expected else 0
+    failed = set(progress.failed) | (set() if args.retry_failed else earlier)
+    return FAILED if failed - expected else 0
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 from npu_qat.cli import main
 from npu_qat.experiments.matrix import cells, load_matrix, matrix_path
 from npu_qat.experiments.matrix_store import Store, code_digest
-from tests.experiments.matrices import fill, write_matrix
+from tests.experiments.matrices import failure, fill, write_matrix
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -36,6 +36,21 @@ def test_a_dry_run_says_what_is_done_and_what_is_left(
     assert main([*words, "--dry-run", "--set", "train.steps=5", "--seeds", "1"]) == 0
     # Anchors belong to every seed.
     assert "small: 4 cells, 0 done, 0 failed, 4 to do" in said(capsys)
+
+
+def test_what_failed_earlier_is_no_success_unless_it_had_to_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = write_matrix(tmp_path)
+    store = Store(tmp_path / "r")
+    for cell in cells(matrix):
+        if cell.arm.name in ("start", "never"):
+            store.add(cell, failure(cell))
+    words = ["experiment", "run", str(tmp_path / "small.yaml"), "--results", str(tmp_path / "r")]
+    assert main([*words, "--arms", "never"]) == 0
+    assert "failed earlier" not in said(capsys)
+    assert main([*words, "--arms", "never,start"]) == 2
+    assert "failed earlier: 1; --retry-failed" in said(capsys)
 
 
 @pytest.mark.parametrize(
