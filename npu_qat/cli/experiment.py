@@ -219,8 +219,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     expected = {cell.id for cell in chosen if cell.arm.expect == "refused"}
-    earlier = {id for id, what in state.items() if what == "failed"} - expected
-    if earlier and not args.retry_failed:
+    earlier = {name for name, what in state.items() if what == "failed" and what in skip} - expected
+    if earlier:
         console.print(
             f"left alone, since they failed earlier: {len(earlier)}; --retry-failed tries again",
             markup=False,
@@ -248,8 +248,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if progress.stopped or progress.not_started or progress.elsewhere:
         return INTERRUPTED
-    failed = set(progress.failed) | (set() if args.retry_failed else earlier)
-    return FAILED if failed - expected else 0
+    return FAILED if earlier | set(progress.failed) - expected else 0
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from npu_qat.cli.arguments import (
     load_from,
 )
 from npu_qat.cli.terminal import make_console, rank
+from npu_qat.training.rundir import prove_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -326,11 +326,8 @@ class _Files:
         path = Path(output)
         json_file = path.suffix == ".json"
         folder, stem = (path.parent, path.stem) if json_file else (path, None)
-        probe = folder / f".{os.getpid()}.probe"
         try:  # before a scan that may take long
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            prove_writable(folder)
         except OSError as error:
             raise ValueError(
                 f"--output {output}: {folder} is no folder that can be written to: {error.strerror}"

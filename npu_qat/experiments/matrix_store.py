@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from npu_qat.experiments.matrix import DIGITS, Cell
+from npu_qat.training.rundir import prove_writable
 
 FORMAT = 1
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -89,11 +90,8 @@ class Store:
         Raises:
             OSError: that failed.
         """
-        probe = self.folder / f".{os.getpid()}.probe"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            prove_writable(self.folder)
         except OSError as error:
             raise OSError(
                 f"results cannot be written to {self.folder}: {error.strerror}; give --results"

@@ -6,7 +6,6 @@ in the dark, numbers in words beside every plot. Texts from files are escaped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from npu_qat.parity.levels import FAIL, PASS, QUESTIONS, SKIPPED, Level, ParityR
 from npu_qat.parity.observe import TITLES
 from npu_qat.reporting.html import flatten, page_environment
 from npu_qat.reporting.plots import COLORS, Figure, drawing
+from npu_qat.training.rundir import write_atomically
 
 TEMPLATE = "report.html.j2"
 _MARKS = {PASS: "PASS", FAIL: "FAIL", SKIPPED: "----"}
@@ -58,9 +58,7 @@ def write_html(report: ParityReport, target: Path) -> None:
 
     Raises ``OSError`` if it cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(render(report), encoding="utf-8")
-    os.replace(partial, target)
+    write_atomically(target, render(report).encode())
 
 
 def render(report: ParityReport) -> str:

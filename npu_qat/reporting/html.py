@@ -9,7 +9,6 @@ are text that nobody has checked.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from npu_qat.__about__ import __version__
 from npu_qat.reporting import plots, verdict
 from npu_qat.reporting.rundata import Record, RunData, number, read_run
+from npu_qat.training.rundir import write_atomically
 
 if TYPE_CHECKING:
     import jinja2
@@ -36,9 +36,7 @@ def write_report(run_dir: Path) -> Path:
     """
     target = Path(run_dir) / "report.html"
     page = render(read_run(Path(run_dir)))
-    partial = target.with_name(".report.html.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
+    write_atomically(target, page.encode())
     return target
 
 

@@ -7,10 +7,10 @@ the same numbers, each on a scale of its own; the page follows the rules of ``sc
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from npu_qat.reporting.html import page_environment
 from npu_qat.reporting.plots import COLORS, Figure, drawing
 from npu_qat.reporting.scan_page import Guidance, multiplier_table
 from npu_qat.sensitivity.depth import predicted_group
+from npu_qat.training.rundir import write_atomically
 
 TEMPLATE = "published.html.j2"
 
@@ -77,10 +78,10 @@ def write_published_map(result: Result, path: Path, title: str) -> None:
                 color = "white" if badness > 0.5 else "black"
                 axes.text(x, 0, text, ha="center", va="center", color=color, fontsize=9)
         axes.set_xlabel("decoder layer")
-        partial = path.with_name(f".{path.name}.partial")
+        picture = BytesIO()
         # No software version in the file, so that equal scans give equal bytes.
-        canvas.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-    os.replace(partial, path)
+        canvas.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
 
 
 def write_published_page(
@@ -113,9 +114,7 @@ def write_published_page(
             files=files,
         )
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, page.encode())
 
 
 def _rows(result: Result) -> list[dict[str, Any]]:

@@ -7,10 +7,10 @@ read and copied; the PNG shows the same for slides and issues, where tables do n
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from npu_qat.sensitivity import LinearScan, Scan
 from npu_qat.sensitivity.depth import predicted_group
 from npu_qat.sensitivity.loss import LossContribution
 from npu_qat.sensitivity.scanner import errors_by_layer
+from npu_qat.training.rundir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,10 +176,10 @@ def write_heat_map(scan: Scan, path: Path, title: str) -> None:
         panels = canvas.subplots(len(shown), 1, squeeze=False)[:, 0]
         for axes, grid in zip(panels, shown, strict=True):
             _draw_grid(axes, grid)
-        partial = path.with_name(f".{path.name}.partial")
+        picture = BytesIO()
         # No software version in the file, so that equal scans give equal bytes.
-        canvas.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-    os.replace(partial, path)
+        canvas.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
 
 
 def _draw_grid(axes: Axes, grid: Grid) -> None:
@@ -251,9 +252,7 @@ def write_scan_page(
         misleading=sum(bool(s.input and s.input.relative_error_misleading) for s in scan.linears),
         files=files,
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, page.encode())
 
 
 def headline(scan: Scan) -> str:

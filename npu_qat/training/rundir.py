@@ -61,11 +61,8 @@ class RunDirectory:
                 f"{self.path} holds a run already; continue it with --resume auto, or choose "
                 "another --output"
             )
-        probe = self.path / ".probe"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_text("probe")
-            probe.unlink()
+            prove_writable(self.path)
         except OSError as error:
             raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror}") from error
         self.check_space(bytes_needed)
@@ -144,6 +141,17 @@ class RunDirectory:
                 if record.get("arm") != arm or record.get("step", 0) <= step:
                     kept.append(line)
             self.write_text(name, "".join(f"{line}\n" for line in kept))
+
+
+def prove_writable(folder: Path) -> None:
+    """Make ``folder``, and a file in it for a moment: before the work whose results are to lie
+    there. Raises ``OSError`` if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        probe.write_text("probe")  # an empty file needs no room
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_atomically(target: Path, content: bytes) -> None:
